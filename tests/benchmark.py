@@ -1,0 +1,288 @@
+"""How fast train_gpt2.py is, measured in turns with transformers and with a lecture's script: a Markdown table.
+
+    python tests/benchmark.py
+
+The checkpoints are made here, in a temporary folder; random weights are as fast as trained ones. A quarter of an hour
+on two cores, in parts with --only. Ratios are ours over the peer's: of seconds, under 1 is faster; of tokens/s, over 1.
+"""
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Before transformers is imported, here and by the peers: no warnings, and no time lost on asking the Hub.
+os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1", PYTHONUTF8="1")
+
+import torch
+import transformers
+from checkpoints import REAL_VOCABULARY, ROOT, random_gpt2, save, save_vocabulary
+
+sys.path.insert(0, str(ROOT))
+from train_gpt2 import GPT
+
+PROMPT = 8  # tokens in a row before the first new one, as in the script's own prompt
+
+PIPELINE = """
+import sys
+from transformers import pipeline, set_seed
+generator = pipeline("text-generation", model=sys.argv[1], device=sys.argv[2])
+set_seed(42)
+for text in generator("Hello, I'm a language model,", max_length=30, num_return_sequences=5, temperature=1.0):
+    print(">", text["generated_text"])
+"""
+
+# What a lecture shows: transformers' weights copied into modules of its own, and each token from a run over all those
+# before it. It draws among the 50 likeliest tokens alone, so that the same seed says other words.
+LECTURE = """
+import sys, tiktoken, torch
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext.openai_public import r50k_pat_str
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+class Block(nn.Module):
+    def __init__(self, C, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.attn.c_attn(self.ln_1(x)).split(C, dim=2)
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+
+class GPT(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(c.vocab_size, c.n_embd), "wpe": nn.Embedding(c.n_positions, c.n_embd),
+            "h": nn.ModuleList(Block(c.n_embd, c.n_head) for _ in range(c.n_layer)), "ln_f": nn.LayerNorm(c.n_embd)})
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+
+    def forward(self, idx):
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))
+        for block in self.transformer.h:
+            x = block(x)
+        return self.lm_head(self.transformer.ln_f(x))
+
+def load(folder):
+    peer = GPT2LMHeadModel.from_pretrained(folder)
+    model, weights = GPT(peer.config), peer.state_dict()
+    for name, p in model.state_dict().items():
+        conv1d = name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+        p.copy_(weights[name].t() if conv1d else weights[name])
+    return model
+
+folder, device = sys.argv[1:]
+model = load(folder).eval().to(device)
+ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/merges.txt", f"{folder}/vocab.json")
+tokenizer = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+torch.manual_seed(42)
+x = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * 5, device=device)
+while x.shape[1] < 30:
+    with torch.no_grad():
+        probs, ids = F.softmax(model(x)[:, -1], dim=-1).topk(50)
+        x = torch.cat((x, ids.gather(1, torch.multinomial(probs, 1))), dim=1)
+for row in x.tolist():
+    print(">", tokenizer.decode([token for token in row if token < len(ranks)]))
+"""
+
+LOAD = """
+import sys, time
+{}
+start = time.perf_counter()
+model = {}
+print(time.perf_counter() - start)
+"""
+
+# A small process between this one and what it measures, since a child's peak memory is at least its parent's.
+COLD = """
+import json, subprocess, sys, time
+start = time.perf_counter()
+stdout = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True).stdout.decode()
+seconds, peak = time.perf_counter() - start, float("nan")
+if sys.platform != "win32":
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+print(json.dumps((seconds, peak, stdout)))
+"""
+
+
+def cold(*arguments):
+    """Run Python in a fresh process: seconds, peak MiB (not a number on Windows), stdout."""
+    command = [sys.executable, "-c", COLD, sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else sys.exit(done.stderr)
+
+
+def writer(model, B, length, per_second=False):
+    """A run for compare(): sample B rows up to length. Milliseconds a step, or tokens a second."""
+    idx = torch.arange(B * PROMPT, device=next(model.parameters()).device).view(B, PROMPT)
+    theirs = {} if isinstance(model, GPT) else {"do_sample": True, "top_k": 50, "attention_mask": torch.ones_like(idx)}
+
+    def run():
+        torch.manual_seed(42)
+        start = time.perf_counter()
+        out = model.generate(idx, max_length=length, **theirs).cpu()  # .cpu() waits for the GPU
+        step = (time.perf_counter() - start) / (length - PROMPT)
+        return B / step if per_second else 1000 * step, None, out.tolist()
+    return run
+
+
+def compare(what, unit, rounds, runs):
+    """Run all in turns, ours is the first; yield a row of the table for each peer. A run returns a number, its MiB
+    (None: not shown) and its words, which must be the same as ours in every round (None: others by design)."""
+    results = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        print(what, f"round {i} of {rounds}" if i else "warming up", sep=", ", file=sys.stderr)
+        for name, run in runs.items():
+            results[name].append(run())
+    (_, ours), *peers = results.items()
+
+    def median(rows):
+        values, mib, _ = zip(*rows[1:])
+        peak = "" if mib[0] is None else f", peak {statistics.median(mib):.0f} MiB".replace("nan MiB", "n/a")
+        return f"{statistics.median(values):.3g} {unit}{peak}"
+
+    for name, peer in peers:
+        ratios = [a[0] / b[0] for a, b in zip(ours[1:], peer[1:])]
+        same = "equal" if all(a[2] == b[2] for a, b in zip(ours, peer)) else "DIFFERENT"
+        yield (what, median(ours), f"{name}: {median(peer)}", f"{statistics.median(ratios):.2f}",
+               f"{min(ratios):.2f}–{max(ratios):.2f}", "" if peer[0][2] is None else same)
+
+
+def pair(folder, device, dtype=torch.float32):
+    """Our model and transformers'."""
+    return [cls.from_pretrained(folder).to(device, dtype) for cls in (GPT, transformers.GPT2LMHeadModel)]
+
+
+def generation(what, models, B, length, rounds):
+    ours, peer = (writer(model, B, length) for model in models)
+    try:
+        yield from compare(what, "ms/token", rounds, {"ours": ours, "generate()": peer})
+    except torch.OutOfMemoryError:
+        yield what, "skipped: too little memory on this GPU", "", "", "", ""
+
+
+def job(folder, device, rounds):
+    yield from compare("the whole job, cold process", "s", rounds, {
+        "ours": lambda: cold("train_gpt2.py", "--model", folder, "--device", device),
+        "transformers' pipeline": lambda: cold("-c", PIPELINE, folder, device),
+        "a lecture's script": lambda: (*cold("-c", LECTURE, folder, device)[:2], None),
+        "`import torch` alone": lambda: (*cold("-c", "import torch")[:2], None),
+    })
+
+
+def load(folder, device, rounds):
+    def timed(imports, call):
+        return lambda: (float(cold("-c", LOAD.format(imports, call), folder)[2]), None, None)
+    yield from compare("`from_pretrained`, 124M", "s", rounds, {
+        "ours": timed("from train_gpt2 import GPT", "GPT.from_pretrained(sys.argv[1])"),
+        "transformers": timed("from transformers import GPT2LMHeadModel as M", "M.from_pretrained(sys.argv[1])"),
+        "the file read and copied": timed(
+            "from safetensors.torch import load_file",
+            "{n: t.clone() for n, t in load_file(sys.argv[1] + '/model.safetensors').items()}"),
+    })
+
+
+def narrow(folder, device, rounds):
+    models = pair(save(random_gpt2(n_embd=96, vocab_size=1000), folder / "narrow"), device)
+    for length in 256, 1024:
+        yield from generation(f"width 96, batch 5, length {length}", models, 5, length, rounds)
+
+
+def full(folder, device, rounds):
+    models = pair(folder, device)
+    for B in 1, 5:
+        yield from generation(f"124M, batch {B}, float32, length 128", models, B, 128, rounds)
+
+
+def bfloat16(folder, device, rounds):
+    ours, peer = (writer(model, 5, 128, per_second=True) for model in pair(folder, device, torch.bfloat16))
+    wide = writer(GPT.from_pretrained(folder).to(device), 5, 128, per_second=True)
+    yield from compare("124M, batch 5, bfloat16, length 128", "tokens/s", rounds, {
+        "ours": ours, "generate()": peer, "our float32": lambda: (wide()[0], None, None)})
+
+
+def cuda(folder, device, rounds):
+    """A step beside the least it can take: the time to read the weights and the cache once."""
+    if not device.startswith("cuda"):
+        yield "124M beside the memory's speed", f"skipped: {device} is not CUDA", "", "", "", ""
+        return
+    a, b = torch.empty(2, 2**28, device=device)  # 1 GiB each
+    for copies in 3, 20:  # the first to warm up
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(copies):
+            b.copy_(a)
+        torch.cuda.synchronize(device)
+        bandwidth = copies * 2 * a.nbytes / (time.perf_counter() - start)  # each byte is read and written
+    del a, b
+    for dtype in torch.float32, torch.bfloat16:
+        models = pair(folder, device, dtype)
+        c = models[0].config
+        weights = sum(p.nbytes for name, p in models[0].named_parameters() if "wpe" not in name)  # of wpe, one row
+        for B in 1, 5, 64:
+            for length in 30, 1024:
+                cache = 2 * B * c.n_layer * c.n_embd * dtype.itemsize * (PROMPT + length) / 2  # its mean: half the way
+                what = f"124M, batch {B}, {str(dtype)[6:]}, length {length} (reading alone: " \
+                       f"{1000 * (weights + cache) / bandwidth:.2f} ms)"
+                yield from generation(what, models, B, length, rounds)
+
+
+def machine(device):
+    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() says little
+    cpu = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+    gpu = ""
+    if device.startswith("cuda"):
+        driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader").partition("\n")[0]
+        gpu = f"; {torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}"
+    return (f"On {device}: {cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {platform.platform()}, "
+            f"{torch.get_num_threads()} torch threads{gpu}; Python {platform.python_version()}, "
+            f"torch {torch.__version__}, transformers {transformers.__version__}.")
+
+
+def main():
+    parts = {part.__name__: part for part in (job, load, narrow, full, bfloat16, cuda)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda, else mps, else cpu")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how many are counted")
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts, metavar="PART", help=", ".join(parts))
+    args = parser.parse_args()
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    rows = []
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            folder = save(random_gpt2(), folder, "hub")
+            if REAL_VOCABULARY.exists():
+                for name in "vocab.json", "merges.txt":
+                    shutil.copy(REAL_VOCABULARY / name, folder)
+            else:
+                save_vocabulary(folder)
+            for name in args.only:
+                rows.extend(parts[name](folder, device, args.rounds))
+    finally:  # what an interrupted benchmark has measured is shown too
+        head = "what", "ours (median)", "peer (median)", "ratio (median)", "spread (min–max)", "words"
+        print(machine(device), f"Rounds: {args.rounds}, in turns, after one to warm up.\n")
+        for row in (head, ["---"] * len(head), *rows):
+            print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
