@@ -1,0 +1,43 @@
+"""What a start costs, in what can be said without a clock: modules imported, memory taken, files opened."""
+import subprocess
+import sys
+
+import pytest
+from checkpoints import ROOT, random_gpt2, save
+
+HEAVY = {"transformers", "huggingface_hub", "sympy", "torch._dynamo", "torch._inductor", "regex", "requests"}
+
+
+def python(code, *args):
+    process = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}", *map(str, args)],
+                             capture_output=True, check=False, text=True, timeout=100)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_import_is_light_and_silent():
+    assert python(f"import train_gpt2; print({HEAVY} & sys.modules.keys())") == "set()\n"
+
+
+def test_a_folder_needs_no_hub(tiny):
+    out = python(f"import train_gpt2; train_gpt2.main(['--model', sys.argv[1]]); print({HEAVY} & sys.modules.keys())", tiny)
+    assert out.endswith("\nset()\n")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_reads_nothing_and_copies_nothing(tmp_path):
+    """The 124M checkpoint stays a map of its file: loading it takes next to no memory."""
+    folder = save(random_gpt2(n_layer=4, n_embd=768, n_head=12), tmp_path)
+    code = """
+import re, torch, train_gpt2
+def memory():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=1, n_embd=8, n_head=1, vocab_size=8))
+before = memory()
+model = train_gpt2.GPT.from_pretrained(sys.argv[1])
+print(memory() - before, sum(p.numel() for p in model.parameters()) * 4 / 2**20)
+"""
+    taken, size = map(float, python(code, folder).split())
+    assert size > 200
+    assert taken < 0.05 * size
+
