@@ -26,9 +26,9 @@ def plain(tmp_path_factory):
 def ending(tmp_path_factory):
     """A model of ten tokens, one of which ends a text: rows end at every step, and whole batches early."""
     model = random_gpt2(**SIZES | {"vocab_size": 10}, bos_token_id=3, eos_token_id=3)
-    with torch.no_grad():  # flatter, so that each of the ten is said every few steps
-        model.transformer.ln_f.weight.mul_(0.2)
-        model.transformer.ln_f.bias.mul_(0.2)
+    with torch.no_grad():  # all ten about as likely, and the end a little more
+        model.transformer.ln_f.weight.mul_(0.1)
+        model.transformer.ln_f.bias.copy_(0.1 * model.transformer.wte.weight[3])
     return save(model, tmp_path_factory.mktemp("ending"))
 
 
@@ -84,7 +84,7 @@ def test_sampled_tokens_of_other_dtypes(plain, device, dtype):
         assert_same_tokens(ours, theirs, prompt(ours, 5, 8), 48, seed, 1.0, 50)
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 50), (1.5, 8), (0, 50)])
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 50), (0.8, 3), (0, 50)])
 def test_texts_that_end(ending, device, temperature, top_k):
     ours, theirs = pair(ending, device=device)
     lengths = set()
