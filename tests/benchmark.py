@@ -172,10 +172,7 @@ def pair(folder, device, dtype=torch.float32):
 
 def generation(what, models, B, length, rounds):
     ours, peer = (writer(model, B, length) for model in models)
-    try:
-        yield from compare(what, "ms/token", rounds, {"ours": ours, "generate()": peer})
-    except torch.OutOfMemoryError:
-        yield what, "skipped: too little memory on this GPU", "", "", "", ""
+    yield from compare(what, "ms/token", rounds, {"ours": ours, "generate()": peer})
 
 
 def job(folder, device, rounds):
@@ -218,32 +215,6 @@ def bfloat16(folder, device, rounds):
         "ours": ours, "generate()": peer, "our float32": lambda: (wide()[0], None, None)})
 
 
-def cuda(folder, device, rounds):
-    """A step beside the least it can take: the time to read the weights and the cache once."""
-    if not device.startswith("cuda"):
-        yield "124M beside the memory's speed", f"skipped: {device} is not CUDA", "", "", "", ""
-        return
-    a, b = torch.empty(2, 2**28, device=device)  # 1 GiB each
-    for copies in 3, 20:  # the first to warm up
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(copies):
-            b.copy_(a)
-        torch.cuda.synchronize(device)
-        bandwidth = copies * 2 * a.nbytes / (time.perf_counter() - start)  # each byte is read and written
-    del a, b
-    for dtype in torch.float32, torch.bfloat16:
-        models = pair(folder, device, dtype)
-        c = models[0].config
-        weights = sum(p.nbytes for name, p in models[0].named_parameters() if "wpe" not in name)  # of wpe, one row
-        for B in 1, 5, 64:
-            for length in 30, 1024:
-                cache = 2 * B * c.n_layer * c.n_embd * dtype.itemsize * (PROMPT + length) / 2  # its mean: half the way
-                what = f"124M, batch {B}, {str(dtype)[6:]}, length {length} (reading alone: " \
-                       f"{1000 * (weights + cache) / bandwidth:.2f} ms)"
-                yield from generation(what, models, B, length, rounds)
-
-
 def machine(device):
     cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() says little
     cpu = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
@@ -257,15 +228,15 @@ def machine(device):
 
 
 def main():
-    parts = {part.__name__: part for part in (job, load, narrow, full, bfloat16, cuda)}
+    parts = {part.__name__: part for part in (job, load, narrow, full, bfloat16)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto is cuda, else mps, else cpu")
+    parser.add_argument("--device", default="auto", help="cpu or cuda; auto is cuda, else cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how many are counted")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts, metavar="PART", help=", ".join(parts))
     args = parser.parse_args()
     device = args.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -1,9 +1,10 @@
 """What a start costs, in what can be said without a clock: modules imported, memory taken, files opened."""
+import os
 import subprocess
 import sys
 
 import pytest
-from checkpoints import ROOT, random_gpt2, save
+from checkpoints import ROOT, random_gpt2, save, save_vocabulary
 
 HEAVY = {"transformers", "huggingface_hub", "sympy", "torch._dynamo", "torch._inductor", "regex", "requests"}
 
@@ -41,3 +42,25 @@ print(memory() - before, sum(p.numel() for p in model.parameters()) * 4 / 2**20)
     assert size > 200
     assert taken < 0.05 * size
 
+
+def test_progress_is_for_terminals_and_for_long_generations(tmp_path):
+    pty = pytest.importorskip("pty")
+    save_vocabulary(tmp_path)
+    save(random_gpt2(n_layer=12, n_head=2, n_embd=96, n_positions=1024, vocab_size=400), tmp_path)
+    shown = {}
+    for length in (1024, 30):
+        terminal, stderr = pty.openpty()
+        process = subprocess.Popen([sys.executable, ROOT / "train_gpt2.py", "--model", tmp_path, "--max-length", str(length)],
+                                   stdout=subprocess.PIPE, stderr=stderr)
+        os.close(stderr)
+        words = b""
+        try:
+            while chunk := os.read(terminal, 4096):
+                words += chunk
+        except OSError:
+            pass  # Linux ends a terminal so
+        assert process.wait(100) == 0
+        shown[length] = words
+    assert b"token/s" in shown[1024]
+    assert b"token/s" not in shown[30]
+    assert b"token/s" not in subprocess.run([*process.args[:-1], "1024"], capture_output=True, check=True).stderr
