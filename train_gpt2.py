@@ -138,8 +138,8 @@ class GPT(nn.Module):
             cache = self.lm_head.weight.new_empty(c.n_layer, B, 2, c.n_head, max_length, c.n_embd // c.n_head)
             new, ended = idx, torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
             for S in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):  # None: on terminals only
-                logits = self(new, cache, S - new.shape[1])[:, -1]  # (B, vocab_size)
-                new = sample(logits.float(), temperature, top_k).masked_fill(ended, eos)  # (B, 1)
+                logits = self(new, cache, S - new.shape[1])[:, -1].float()  # (B, vocab_size)
+                new = sample(logits, temperature, top_k).masked_fill(ended, eos)  # (B, 1)
                 idx = torch.cat((idx, new), dim=1)
                 if (ended := ended | (new == eos)).all():
                     break
@@ -230,9 +230,8 @@ def read_weights(folder, config):
     Hub's gpt2 has GPT's names, save_pretrained puts `transformer.` before them, old fine-tunes add lm_head.weight.
     All store the weights of c_attn, c_fc, c_proj as (in, out): nn.Linear gets the transposed view, which multiplies
     as Hugging Face does; a transposed copy would be summed in another order."""
-    path = folder / "model.safetensors"
     try:
-        tensors = safetensors.torch.load_file(path)
+        tensors = safetensors.torch.load_file(path := folder / "model.safetensors")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is broken or half there ({error}); fetch it again (git: 'git lfs pull')") from None
     masks = (".attn.bias", ".attn.masked_bias")  # causal ones, no parameters
@@ -254,8 +253,7 @@ def load_tokenizer(folder, vocab_size):
     """GPT-2's byte-pair encoding as a tiktoken.Encoding: the folder's own or, if it has none, OpenAI's. Raises
     ValueError if it is broken or knows more tokens than the model's vocab_size, OSError if it cannot be had."""
     if (folder / "merges.txt").exists():
-        kept = os.environ.get("TIKTOKEN_CACHE_DIR")
-        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # or tiktoken would prefer a copy it kept when other files were here
+        kept, os.environ["TIKTOKEN_CACHE_DIR"] = os.environ.get("TIKTOKEN_CACHE_DIR"), ""  # or it may read an old copy
         try:
             rank = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(folder / "merges.txt"), str(folder / "vocab.json"))
             tokenizer = tiktoken.Encoding(  # which checks explicit_n_vocab: a merge that is there twice leaves a gap
@@ -266,7 +264,10 @@ def load_tokenizer(folder, vocab_size):
         finally:
             os.environ.pop("TIKTOKEN_CACHE_DIR") if kept is None else os.environ.update(TIKTOKEN_CACHE_DIR=kept)
     else:
-        tokenizer = tiktoken.get_encoding("gpt2")
+        try:
+            tokenizer = tiktoken.get_encoding("gpt2")
+        except OSError as error:
+            raise OSError(f"{folder} has no vocab.json and merges.txt, and OpenAI's cannot be had: {error}") from None
     if tokenizer.n_vocab > vocab_size:
         raise ValueError(f"the vocabulary of {folder} has {tokenizer.n_vocab} tokens, the model only {vocab_size}")
     return tokenizer
@@ -310,8 +311,7 @@ def complete(model, prompt, num_return_sequences, max_length, temperature, top_k
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}; this torch is built for CUDA "
                          f"{torch.version.cuda}, and the README says how to get one with it") from None
-    folder = find_folder(model)
-    config = read_config(folder)
+    config = read_config(folder := find_folder(model))
     tokenizer = load_tokenizer(folder, config.vocab_size)
     tokens = tokenizer.encode(prompt, allowed_special="all") or [tokenizer.eot_token]
     check(idx := torch.tensor([tokens]), config.block_size, max_length)  # (1, T)
