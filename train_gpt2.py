@@ -25,7 +25,7 @@ class GPTConfig:
     """The sizes of a GPT-2, by default those of `gpt2`, 124M parameters. ValueError for impossible ones."""
     block_size: int = 1024  # the context: how many tokens the model can look at (n_positions in config.json)
     vocab_size: int = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
-    n_layer: int = 12
+    n_layer: int = 12  # blocks
     n_head: int = 12
     n_embd: int = 768
     layer_norm_epsilon: float = 1e-5
@@ -33,9 +33,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            whole = type(value) is int and 0 <= value < 2**63
-            if not (whole and value or name == "eos_token_id" and (whole or value is None)
-                    or name == "layer_norm_epsilon" and type(value) is float and 0 < value < 1):
+            is_int64 = type(value) is int and 0 <= value < 2**63
+            if not ((is_int64 and value > 0) or (name == "eos_token_id" and (is_int64 or value is None))
+                    or (name == "layer_norm_epsilon" and type(value) is float and 0 < value < 1)):
                 raise ValueError(f"{name} cannot be {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head, and {self.n_embd} is not one of {self.n_head}")
@@ -54,12 +54,12 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, hs).permute(0, 2, 3, 1, 4)  # (B, 3, nh, T, hs)
         q, k, v = qkv.unbind(1)
         if cache is not None:
-            new, k, v = cache  # where this call's keys and values go; all S of each, these included
+            new, k, v = cache  # views: new (B, 2, nh, T, hs), to be filled here; k and v (B, nh, S, hs), with it
             new.copy_(qkv[:, 1:])
-        # Copies, as in Hugging Face: strides and alignment can change a product's last bits, except for 32-byte heads.
+        # Copies, as in Hugging Face: strides and alignment can change last bits. In the cache not if hs fills 32 bytes.
         if cache is None or hs * x.element_size() % 32:
             k, v = (t.clone(memory_format=torch.contiguous_format) for t in (k, v))
-        # A token alone is the last and looks at everything. The default scale, 1 / sqrt(hs), can be one bit off.
+        # is_causal lets the first query see one key, so a lone new token goes without. 1 / sqrt(hs) can be a bit off.
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=hs**-0.5)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -91,12 +91,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with its language modelling head, initialised as GPT-2 is (section 2.3 of the paper, and OpenAI's code)."""
+    """GPT-2 with its language modelling head, initialised as in transformers: N(0, 0.02), c_proj by the paper's 2.3."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            # not nn.Embedding(V, C), which in from_pretrained would import a whole compiler, for a second or two
+            # nn.Embedding(V, C) initialises itself, which on meta imports torch's compiler, for a second or two
             "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False),
             "wpe": nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -108,18 +108,18 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.ndim == 2 and not p.is_meta:
-                if "c_" in name:  # (in, out) in memory, as read_weights has it
+                if "c_" in name:  # stored (in, out) like a checkpoint's, so that both multiply alike
                     p.data = torch.empty(p.shape[::-1], device=p.device).t()
                 # Each layer adds to the stream through two c_proj; smaller ones keep it from growing with the depth.
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
     def forward(self, idx, cache=None, start=0):
-        """idx (B, T) int64 → logits (B, T, vocab_size) in the weights' dtype; ValueError for any other idx. With a
+        """idx (B, T) int64 → logits (B, T, vocab_size) in the weights' dtype; ValueError for other shapes. With a
         cache from generate() that holds `start` tokens, T is 1 or start is 0, and the logits are the last token's."""
         check(idx, self.config.block_size)
         end = start + idx.shape[1]
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))  # (B, T, C)
-        layers = cache is not None and zip(cache[..., start:end, :], *cache[..., :end, :].unbind(2))
+        layers = zip(cache[..., start:end, :], *cache[..., :end, :].unbind(2)) if cache is not None else None
         for block in self.transformer.h:
             x = block(x, next(layers) if layers else None)
         x = self.transformer.ln_f(x)
@@ -134,7 +134,7 @@ class GPT(nn.Module):
         if not 0 <= idx.min() <= idx.max() < c.vocab_size:
             raise ValueError(f"idx must hold token ids, from 0 to {c.vocab_size - 1}")
         eos = -1 if c.eos_token_id is None else c.eos_token_id
-        with torch.inference_mode():  # no_grad, and a fifth off the cost of each small operation
+        with torch.inference_mode():  # no_grad, but small operations take a fifth less
             cache = self.lm_head.weight.new_empty(c.n_layer, B, 2, c.n_head, max_length, c.n_embd // c.n_head)
             new, ended = idx, torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
             for S in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):  # None: on terminals only
@@ -147,8 +147,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """The model of a Hub name (`gpt2`) or a folder with config.json and model.safetensors: float32, eval mode, its
-        parameters mapped from the file, which training leaves as it is. ValueError or OSError if that cannot be."""
+        """The model of a Hub name (`gpt2`) or a folder with config.json and model.safetensors: float32, eval mode. A
+        float32 file is mapped, not copied, and training leaves it as it is. ValueError or OSError if that cannot be."""
         config = read_config(folder := find_folder(name))
         try:
             weights = read_weights(folder, config)
@@ -167,7 +167,7 @@ def check(idx, block_size, max_length=None, temperature=1.0, top_k=0):
     if dtype != torch.int64 or len(shape) != 2 or 0 in shape:
         raise ValueError(f"idx must be int64 (B, T), B and T at least 1; it is {dtype} {shape}")
     if shape[1] > block_size:
-        raise ValueError(f"the prompt, idx, has {shape[1]} tokens, more than the model's block_size of {block_size}")
+        raise ValueError(f"the prompt (idx) has {shape[1]} tokens, more than the model's block_size of {block_size}")
     if max_length is not None and not shape[1] < max_length <= block_size:
         raise ValueError(f"max_length {max_length} must be over the prompt's {shape[1]} tokens, at most {block_size}")
     if not 0 <= temperature < math.inf or top_k < 0:
@@ -175,8 +175,8 @@ def check(idx, block_size, max_length=None, temperature=1.0, top_k=0):
 
 
 def sample(logits, temperature, top_k):
-    """Draw the next tokens (B, 1) from float32 logits (B, vocab_size), as transformers' generate() does: over the
-    whole vocabulary, even where only k tokens have a chance. Among k alone, the same seed would say other words."""
+    """Draw the next tokens (B, 1) from float32 logits (B, vocab_size), or at temperature 0 take the likeliest, as
+    transformers does: from the whole vocabulary. Among the k alone, the same seed would say other words."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature  # a copy, to write to
@@ -184,8 +184,8 @@ def sample(logits, temperature, top_k):
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits.masked_fill_(logits < kth, -math.inf)
     probs = torch.softmax(logits, dim=-1)
-    if probs[:, 0].isnan().any():  # then the whole row is, and on a GPU multinomial would end the process
-        raise ValueError(f"the logits overflow at temperature {temperature}; raise it, or take a wider dtype")
+    if probs[:, 0].isnan().any():  # as is all of the row then; on a GPU, multinomial would end the process
+        raise ValueError(f"the logits overflow at temperature {temperature}; raise it, or use float32")
     return torch.multinomial(probs, num_samples=1)
 
 
@@ -193,14 +193,14 @@ def find_folder(name):
     """The Path of the folder `name`, or of the Hub's model of that name: cached, else downloaded. Raises OSError."""
     folder = Path(name)
     if not folder.is_dir():
-        import huggingface_hub as hub  # not at the top: a folder shall not wait for it
+        import huggingface_hub as hub  # not at the top: a folder need not wait for it
         try:
             files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
             folder = Path(hub.snapshot_download(str(name), allow_patterns=files))
         except Exception as error:
             unknown = isinstance(error, (hub.errors.HFValidationError, hub.errors.RepositoryNotFoundError))
             why = "does not have it" if unknown else f"could not be reached or read ({error})"
-            raise OSError(f"{name} is no folder here nor in the cache, and the Hugging Face Hub {why}; check it, or "
+            raise OSError(f"{name} is no folder here nor in the cache, and the Hugging Face Hub {why}; check that, or "
                           "name a folder that holds config.json and model.safetensors") from error
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors; a pytorch_model.bin can be converted: python -c "
@@ -244,7 +244,7 @@ def read_weights(folder, config):
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(weights.setdefault("wte.weight", head), head):
         raise ValueError(f"{path}: lm_head.weight is not wte.weight, and only one tensor for both is built here")
-    if config.n_layer != len({name.split(".")[1] for name in weights if name.startswith("h.")}):  # a million, say
+    if config.n_layer != len({name.split(".")[1] for name in weights if name.startswith("h.")}):
         raise ValueError(f"{path} does not hold the {config.n_layer} layers of n_layer in config.json")
     return weights
 
@@ -274,8 +274,8 @@ def load_tokenizer(folder, vocab_size):
 
 
 def main(argv=None):
-    """The command line. Exits with 2 and one line on stderr after a mistake, with 130 when interrupted."""
-    p = argparse.ArgumentParser("train_gpt2.py", usage=argparse.SUPPRESS,  # a mistake gets one line, not the usage too
+    """The command line. Exits with 2 after a mistake, which stderr's last line names, with 130 when interrupted."""
+    p = argparse.ArgumentParser("train_gpt2.py", description="Complete a prompt with GPT-2.", usage=argparse.SUPPRESS,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", default="gpt2", help="Hub name, or folder with config.json and model.safetensors")
     p.add_argument("--prompt", default="Hello, I'm a language model,", help="to complete; '' starts from <|endoftext|>")
@@ -285,7 +285,7 @@ def main(argv=None):
     p.add_argument("--top-k", type=int, default=50, help="draw from the K likeliest tokens; 0 draws from all")
     p.add_argument("--seed", type=int, default=42, help="the same seed says the same words")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto is cuda, else mps, else cpu")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the numbers")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the arithmetic")
     sys.stdout.reconfigure(errors="replace")  # what a console cannot show becomes a question mark
     try:
         complete(**vars(p.parse_args(argv)))
@@ -301,9 +301,9 @@ def main(argv=None):
 
 def complete(model, prompt, num_return_sequences, max_length, temperature, top_k, seed, device, dtype):
     """Print completions. What can be refused is refused before the weights are read."""
-    check(torch.zeros(1, 1, dtype=torch.int64), sys.maxsize, max_length, temperature, top_k)
+    check(torch.zeros(1, 1, dtype=torch.int64), sys.maxsize, max_length, temperature, top_k)  # the flags alone
     if not 0 < num_return_sequences < 2**31 or not -2**63 <= seed < 2**64:
-        raise ValueError(f"num_return_sequences {num_return_sequences} is not 1 to 2**31, or seed {seed} not 64 bits")
+        raise ValueError(f"num_return_sequences, {num_return_sequences}, must be at least 1, seed, {seed}, of 64 bits")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -321,7 +321,7 @@ def complete(model, prompt, num_return_sequences, max_length, temperature, top_k
     idx = idx.to(device).repeat(num_return_sequences, 1)  # (B, T)
     for row in gpt.generate(idx, max_length, temperature, top_k).tolist():
         new = row[len(tokens):(row + [config.eos_token_id]).index(config.eos_token_id, len(tokens))]
-        # eot_token is the tokenizer's last: ids beyond it are known to the model alone, and no text
+        # up to the end of the text, without the ids beyond eot_token, which the model alone knows and which are no text
         print(">", prompt + tokenizer.decode([token for token in new if token < tokenizer.eot_token]), flush=True)
 
 

@@ -11,6 +11,11 @@ from checkpoints import (
     save_vocabulary,
 )
 
+
+def pytest_configure(config):
+    config.option.reportchars += "s"  # say why a test is skipped, without being asked
+
+
 sys.path.insert(0, str(ROOT))  # `python -m pytest` puts the project's root there, `pytest` does not
 
 
