@@ -138,9 +138,8 @@ class GPT(nn.Module):
             cache = self.lm_head.weight.new_empty(c.n_layer, B, 2, c.n_head, max_length, c.n_embd // c.n_head)
             new, ended = idx, torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
             for S in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):  # None: on terminals only
-                logits = self(new, cache, S - new.shape[1])[:, -1].float()  # (B, vocab_size)
-                new = sample(logits, temperature, top_k).masked_fill(ended, eos)  # (B, 1)
-                idx = torch.cat((idx, new), dim=1)
+                new = sample(self(new, cache, S - new.shape[1])[:, -1].float(), temperature, top_k)  # (B, 1)
+                idx = torch.cat((idx, new := new.masked_fill(ended, eos)), dim=1)
                 if (ended := ended | (new == eos)).all():
                     break
         return idx.clone()  # outside of inference mode: a tensor that can be trained on
@@ -183,7 +182,7 @@ def sample(logits, temperature, top_k):
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits.masked_fill_(logits < kth, -math.inf)
-    probs = torch.softmax(logits, dim=-1)
+    probs = logits = torch.softmax(logits, dim=-1)  # both, which lets go of the logits' memory
     if probs[:, 0].isnan().any():  # as is all of the row then; on a GPU, multinomial would end the process
         raise ValueError(f"the logits overflow at temperature {temperature}; raise it, or use float32")
     return torch.multinomial(probs, num_samples=1)
@@ -228,8 +227,7 @@ def read_config(folder):
 def read_weights(folder, config):
     """The tensors of a folder's model.safetensors as GPT(config) takes them, float32; or ValueError, OSError. The
     Hub's gpt2 has GPT's names, save_pretrained puts `transformer.` before them, old fine-tunes add lm_head.weight.
-    All store the weights of c_attn, c_fc, c_proj as (in, out): nn.Linear gets the transposed view, which multiplies
-    as Hugging Face does; a transposed copy would be summed in another order."""
+    All store c_attn, c_fc and c_proj as (in, out): nn.Linear gets transposed views, copies sum in another order."""
     try:
         tensors = safetensors.torch.load_file(path := folder / "model.safetensors")
     except safetensors.SafetensorError as error:
