@@ -5,6 +5,7 @@ bit. That takes the same arithmetic in the same order: where a line could be sim
 From Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". In comments, B is the batch, T this
 call's tokens, S all so far, C the channels (n_embd), nh the heads, hs = C / nh the size of one."""
 import argparse
+import gc
 import json
 import math
 import os
@@ -273,6 +274,7 @@ def load_tokenizer(folder, vocab_size):
 
 def main(argv=None):
     """The command line. Exits with 2 after a mistake, which stderr's last line names, with 130 when interrupted."""
+    gc.freeze()  # what is imported stays: no collection has to look through it again, nor the last one at exit
     p = argparse.ArgumentParser("train_gpt2.py", description="Complete a prompt with GPT-2.", usage=argparse.SUPPRESS,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--model", default="gpt2", help="Hub name, or folder with config.json and model.safetensors")
