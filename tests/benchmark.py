@@ -143,6 +143,23 @@ def writer(model, B, length, per_second=False):
     return run
 
 
+def products(model, B):
+    """A run for compare(): only the matrix products of one new token in each of B rows. Milliseconds."""
+    device = next(model.parameters()).device
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    x = {n: torch.randn(B, 1, n, device=device) for n in {linear.in_features for linear in linears}}
+
+    def run():
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for _ in range(20):
+                for linear in linears:
+                    y = linear(x[linear.in_features])
+        y.cpu()
+        return 1000 * (time.perf_counter() - start) / 20, None, None
+    return run
+
+
 def compare(what, unit, rounds, runs):
     """Run all in turns, ours is the first; yield a row of the table for each peer. A run returns a number, its MiB
     (None: not shown) and its words, which must be the same as ours in every round (None: others by design)."""
@@ -170,9 +187,9 @@ def pair(folder, device, dtype=torch.float32):
     return [cls.from_pretrained(folder).to(device, dtype) for cls in (GPT, transformers.GPT2LMHeadModel)]
 
 
-def generation(what, models, B, length, rounds):
+def generation(what, models, B, length, rounds, **more):
     ours, peer = (writer(model, B, length) for model in models)
-    yield from compare(what, "ms/token", rounds, {"ours": ours, "generate()": peer})
+    yield from compare(what, "ms/token", rounds, {"ours": ours, "generate()": peer, **more})
 
 
 def job(folder, device, rounds):
@@ -205,7 +222,8 @@ def narrow(folder, device, rounds):
 def full(folder, device, rounds):
     models = pair(folder, device)
     for B in 1, 5:
-        yield from generation(f"124M, batch {B}, float32, length 128", models, B, 128, rounds)
+        yield from generation(f"124M, batch {B}, float32, length 128", models, B, 128, rounds,
+                              **{"its matrix products alone": products(models[0], B)})
 
 
 def bfloat16(folder, device, rounds):
