@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import metadata
 
 import pytest
 from checkpoints import ROOT, random_gpt2, save, save_vocabulary
@@ -43,3 +44,6 @@ def test_length_and_requirements():
     assert script.count("\n") < 330
     requirements = (ROOT / "requirements.txt").read_text().splitlines()
     assert all(re.fullmatch(r"#.*|[\w.-]+==[\w.]+", line) for line in requirements)
+    minor = int(re.search(r"Python 3\.(\d+) or later", README)[1])
+    for name in re.findall(r"^[\w.-]+(?===)", "\n".join(requirements), re.MULTILINE):
+        assert minor >= int(re.search(r">= ?3\.(\d+)", metadata(name)["Requires-Python"])[1]), name
