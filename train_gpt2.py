@@ -57,10 +57,10 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             new, k, v = cache  # views: new (B, 2, nh, T, hs), to be filled here; k and v (B, nh, S, hs), with it
             new.copy_(qkv[:, 1:])
-        # Copies, as in Hugging Face: strides and alignment can change last bits. In the cache not if hs fills 32 bytes.
+        # Hugging Face has copies: strides and alignment can change last bits. The cache's do not if hs fills 32 bytes.
         if cache is None or hs * x.element_size() % 32:
             k, v = (t.clone(memory_format=torch.contiguous_format) for t in (k, v))
-        # is_causal lets the first query see one key, so a lone new token goes without. 1 / sqrt(hs) can be a bit off.
+        # is_causal would show a lone new token the first key alone. The default scale, 1 / sqrt(hs), can be a bit off.
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=hs**-0.5)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -118,11 +118,11 @@ class GPT(nn.Module):
         """idx (B, T) int64 → logits (B, T, vocab_size) in the weights' dtype; ValueError for other shapes. With a
         cache from generate() that holds `start` tokens, T is 1 or start is 0, and the logits are the last token's."""
         check(idx, self.config.block_size)
-        end = start + idx.shape[1]
+        h, end = self.transformer.h, start + idx.shape[1]
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))  # (B, T, C)
-        layers = zip(cache[..., start:end, :], *cache[..., :end, :].unbind(2)) if cache is not None else None
-        for block in self.transformer.h:
-            x = block(x, next(layers) if layers else None)
+        layers = [None] * len(h) if cache is None else zip(cache[..., start:end, :], *cache[..., :end, :].unbind(2))
+        for block, layer in zip(h, layers):
+            x = block(x, layer)
         x = self.transformer.ln_f(x)
         return self.lm_head(x if cache is None else x[:, -1:])
 
@@ -131,12 +131,12 @@ class GPT(nn.Module):
         ValueError. temperature=0 takes the likeliest token, top_k=0 draws from all. A row that has said the end-of-text
         token is filled up with it; when all have, generation ends."""
         check(idx, self.config.block_size, max_length, temperature, top_k)
-        (B, T), c = idx.shape, self.config
+        (B, T), c, h = idx.shape, self.config, self.transformer.h
         if not 0 <= idx.min() <= idx.max() < c.vocab_size:
             raise ValueError(f"idx must hold token ids, from 0 to {c.vocab_size - 1}")
         eos = -1 if c.eos_token_id is None else c.eos_token_id
         with torch.inference_mode():  # no_grad, but small operations take a fifth less
-            cache = self.lm_head.weight.new_empty(c.n_layer, B, 2, c.n_head, max_length, c.n_embd // c.n_head)
+            cache = self.lm_head.weight.new_empty(len(h), B, 2, c.n_head, max_length, c.n_embd // c.n_head)
             new, ended = idx, torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
             for S in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):  # None: on terminals only
                 new = sample(self(new, cache, S - new.shape[1])[:, -1].float(), temperature, top_k)  # (B, 1)
@@ -183,7 +183,7 @@ def sample(logits, temperature, top_k):
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits.masked_fill_(logits < kth, -math.inf)
-    probs = logits = torch.softmax(logits, dim=-1)  # both, which lets go of the logits' memory
+    probs = logits = torch.softmax(logits, dim=-1)  # both names, which frees the logits
     if probs[:, 0].isnan().any():  # as is all of the row then; on a GPU, multinomial would end the process
         raise ValueError(f"the logits overflow at temperature {temperature}; raise it, or use float32")
     return torch.multinomial(probs, num_samples=1)
@@ -228,7 +228,7 @@ def read_config(folder):
 def read_weights(folder, config):
     """The tensors of a folder's model.safetensors as GPT(config) takes them, float32; or ValueError, OSError. The
     Hub's gpt2 has GPT's names, save_pretrained puts `transformer.` before them, old fine-tunes add lm_head.weight.
-    All store c_attn, c_fc and c_proj as (in, out): nn.Linear gets transposed views, copies sum in another order."""
+    All store c_attn, c_fc and c_proj as (in, out): nn.Linear gets transposed views; a copy sums in another order."""
     try:
         tensors = safetensors.torch.load_file(path := folder / "model.safetensors")
     except safetensors.SafetensorError as error:
@@ -320,8 +320,8 @@ def complete(model, prompt, num_return_sequences, max_length, temperature, top_k
     torch.manual_seed(seed)
     idx = idx.to(device).repeat(num_return_sequences, 1)  # (B, T)
     for row in gpt.generate(idx, max_length, temperature, top_k).tolist():
-        new = row[len(tokens):(row + [config.eos_token_id]).index(config.eos_token_id, len(tokens))]
         # up to the end of the text, without the ids beyond eot_token, which the model alone knows and which are no text
+        new = row[len(tokens):(row + [config.eos_token_id]).index(config.eos_token_id, len(tokens))]
         print(">", prompt + tokenizer.decode([token for token in new if token < tokenizer.eot_token]), flush=True)
 
 
