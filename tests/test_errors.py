@@ -83,7 +83,10 @@ def start(*args, stdout=subprocess.PIPE, **env):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # one that hangs must not outlive the tests; to one that has ended it does nothing
     return process.returncode, (out or b"").decode(errors="replace"), err.decode(errors="replace")
 
 
@@ -464,7 +467,10 @@ def test_control_c(tiny, tmp_path):
     change_config(tmp_path, eos_token_id=None)
     for name in ["vocab.json", "merges.txt"]:
         shutil.copy(tiny / name, tmp_path)
+    # A shell that runs the tests in the background has SIGINT ignored, in what they start too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start("--model", tmp_path, "--max-length", 200_000, "--num-return-sequences", 1)
+    signal.signal(signal.SIGINT, before)
     assert process.stderr.readline().startswith(b"using device")  # the imports are done
     time.sleep(1)
     assert process.poll() is None
