@@ -1,28 +1,40 @@
+"""What all tests share. Each file says in its first line which promise it proves."""
+import importlib.metadata
+import platform
+import shutil
 import sys
+from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import (
-    LAYOUTS,
-    REAL_VOCABULARY,
-    ROOT,
-    random_gpt2,
-    save,
-    save_vocabulary,
-)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `pytest` does not, `python -m pytest` does
+
+try:
+    from transformers import GPT2LMHeadModel
+
+    GPT2LMHeadModel.from_pretrained  # noqa: B018 - without a torch that it likes, this raises
+except ImportError:
+    pytest.exit(f"transformers {importlib.metadata.version('transformers')} does not run with torch "
+                f"{torch.__version__}: pip install \"transformers<5\"", returncode=1)
+
+from checkpoints import LAYOUTS, REAL_VOCABULARY, random_gpt2, save, save_vocabulary
 
 
 def pytest_configure(config):
     config.option.reportchars += "s"  # say why a test is skipped, without being asked
 
 
-sys.path.insert(0, str(ROOT))  # `python -m pytest` puts the project's root there, `pytest` does not
+def pytest_report_header():
+    names = "torch", "transformers", "safetensors", "tiktoken", "huggingface_hub", "tokenizers", "numpy"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    return f"Python {platform.python_version()}, {', '.join(versions)}"
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA here")
+    """Where equality is tested: also on CUDA where there is one, else test_cuda says so."""
     return request.param
 
 
@@ -31,9 +43,18 @@ def layout(request):
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """Models this tiny are slower with more, and far slower where other work runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of a whole tiny model: a checkpoint in the Hub's layout, and a vocabulary of its own."""
+    """The folder of a whole tiny model: a checkpoint in the Hub's layout, and its own vocabulary."""
     folder = tmp_path_factory.mktemp("tiny")
     size = save_vocabulary(folder)
     model = random_gpt2(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=size,
@@ -43,8 +64,9 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def full(tmp_path_factory):
-    """The folder of a model of gpt2's size, 124M parameters, in the Hub's layout, without a vocabulary."""
-    return save(random_gpt2(bos_token_id=50256, eos_token_id=50256), tmp_path_factory.mktemp("full"), "hub")
+    """The folder of a model of gpt2's size, 124M parameters, in the Hub's layout, no vocabulary."""
+    model = random_gpt2(bos_token_id=50256, eos_token_id=50256)
+    return save(model, tmp_path_factory.mktemp("full"), "hub")
 
 
 @pytest.fixture
@@ -52,3 +74,16 @@ def real_vocabulary():
     if not (REAL_VOCABULARY / "vocab.json").exists():
         pytest.skip("GPT-2's real vocabulary is not beside this project, in ../shared/gpt2-vocab")
     return REAL_VOCABULARY
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A copy of the tiny model's folder, for damaging."""
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """As on a machine without a network that has downloaded nothing yet."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -70,7 +70,12 @@ def answer(request):
         return send(request, 500, {})
     content = (hub.models[name] / file[2]).read_bytes()
     headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}
-    send(request, 200, headers, content, len(content) // 2 if file[2] in hub.cut else None)
+    status, wanted = 200, re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+    if wanted:  # the rest of a download that broke off
+        start, size = int(wanted[1]), len(content)
+        status, content = 206, content[start:]
+        headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+    send(request, status, headers, content, len(content) // 2 if file[2] in hub.cut else None)
 
 
 def send(request, status, headers, content=b"", stop=None):

@@ -1,4 +1,5 @@
-"""A tiny model, damaged in every way: refused with a ValueError or OSError that has a message, or it loads and answers.
+"""Promise: a model damaged in whatever way is refused with a ValueError or OSError that has a message,
+or it loads and answers; never another exception, never a hang.
 
 The damaged models are loaded in a process of its own, which says what it is about to try. So a case that hangs, or
 that ends the process (a crash in torch's, safetensors' or tiktoken's machine code), is named too.
@@ -17,7 +18,8 @@ VALUES = [None, True, False, 0, -1, 1, 2, 3, 16, 300, 10**6, 10**9, 2**31, 2**63
           8.0, 1e-5, 1e300, float("inf"), float("nan"), "", "x", "12", "gpt2", "\ud800", [], [1], [[]], {}, {"a": 1}]
 FIELDS = ["n_positions", "vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "eos_token_id", "n_inner",
           "model_type", "activation_function", "scale_attn_weights", "tie_word_embeddings", "add_cross_attention",
-          "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "n_ctx", "bos_token_id", "unknown"]
+          "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "n_ctx", "bos_token_id", "pad_token_id",
+          "dtype", "torch_dtype", "unknown"]
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "U16", "U64", "BOOL", "C64", "F8_E4M3", "F8_E5M2",
           "F8_E8M0", "F6_E2M3", "F4", "f32", "", "X"]
 NESTED = {"lists": b"[" * 10**5, "objects": b'{"a":' * 10**5, "closed": b"[" * 10**5 + b"]" * 10**5}
@@ -36,13 +38,17 @@ def main(folder):
         damaged = folder / str(number)  # a new one each time: an earlier model may still have its file mapped
         damaged.mkdir()
         for name, data in {**good, **changed}.items():
-            (damaged / name).write_bytes(data)
+            if data is not None:
+                (damaged / name).write_bytes(data)
         try:
-            if "vocab.json" in changed or "merges.txt" in changed:
-                tokenizer = train_gpt2.load_tokenizer(damaged, 300)
-                tokens = tokenizer.encode("Hello <|endoftext|>\n\0é€", allowed_special="all")
-                assert all(0 <= token < tokenizer.n_vocab <= 300 for token in tokens)
-                assert tokenizer.decode(tokens) == "Hello <|endoftext|>\n\0é€"
+            if {"vocab.json", "tokenizer.json", "tokenizer_config.json"} & changed.keys():
+                tokenizer, readable = train_gpt2.read_tokenizer(damaged)
+                text = "Hello <|endoftext|>\n\0é€"
+                tokens = tokenizer.encode(text, allowed_special="all")
+                assert all(0 <= token < tokenizer.n_vocab for token in tokens)
+                assert tokenizer.decode(tokens) == text
+                for token in readable:
+                    tokenizer.decode([token])
             else:
                 model = train_gpt2.GPT.from_pretrained(damaged)
                 idx = torch.tensor([[0, 1, 0, 1]])
@@ -59,23 +65,30 @@ def main(folder):
 
 
 def cases(good):
-    """All cases, (what is done, the changed contents of the files it is done to), the same ones every time."""
+    """All cases, (what is done, the changed contents of the files it is done to; None: no such file), the same ones
+    every time. A model has one file of weights, or shards; tokenizer.json, or vocab.json."""
     rng = random.Random(0)
-    for name, special in {"model.safetensors": of_weights, "config.json": of_config, "vocab.json": of_vocabulary,
-                          "merges.txt": of_merges}.items():
+    shards = {name: data for name, data in good.items() if "-of-" in name or "index" in name}
+    whole = dict.fromkeys(shards)
+    sharded = {"model.safetensors": None}
+    shard = max((name for name in shards if "-of-" in name), key=lambda name: good[name].count(b"dtype"))
+    for name, special, others in [
+            ("model.safetensors", of_weights, whole), ("config.json", of_config, whole),
+            ("generation_config.json", of_ends, whole), ("model.safetensors.index.json", of_index, sharded),
+            (shard, of_weights, sharded), ("tokenizer.json", of_tokenizer, whole),
+            ("tokenizer_config.json", of_settings, whole), ("vocab.json", of_vocabulary, whole | {"tokenizer.json": None})]:
         for case, data in [*of_any_file(good[name], rng), *special(good[name], rng)]:
-            yield f"{name}, {case}", {name: data}
-    yield from of_both(good["vocab.json"], good["merges.txt"], rng)
+            yield f"{name}, {case}", others | {name: data}
 
 
 def of_any_file(data, rng):
     """What happens to files: cut, mangled, replaced."""
-    for length in [0, 1, 7, 8, 9, len(data) - 1, *(rng.randrange(len(data)) for _ in range(15))]:
+    for length in [0, 1, 7, 8, 9, len(data) - 1, *(rng.randrange(len(data)) for _ in range(10))]:
         yield f"cut to {length}", data[:length]
     for _ in range(10):
         noise = rng.randbytes(rng.randrange(1, 200))
         yield f"noise {noise[:8]}", noise
-    for _ in range(50):
+    for _ in range(30):
         text, at = bytearray(data), rng.randrange(min(len(data), 2000))
         width, byte = rng.randrange(1, 9), rng.choice([0, 255, rng.randrange(256), *b'"{}[],:-09.eE \n'])
         how, change = rng.choice([
@@ -94,6 +107,7 @@ def of_weights(data, rng):
     """What a safetensors file begins with: a length in 8 bytes, and so much JSON about each tensor and its place."""
     size = int.from_bytes(data[:8], "little")
     header, rest = json.loads(data[8:8 + size]), data[8 + size:]
+    header.pop("__metadata__", None)
 
     def packed(header, rest=rest):
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -145,6 +159,36 @@ def of_config(data, rng):
     yield "every field twice", data.rstrip()[:-1] + b"," + data.lstrip()[1:]
 
 
+def of_ends(data, rng):
+    ids = json.loads(data)
+    for field in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        for value in VALUES:
+            yield f"{field} is {value!r}", json.dumps({**ids, field: value}).encode()
+            yield f"{field} is [0, {value!r}]", json.dumps({**ids, field: [0, value]}).encode()
+    yield "no ids", b"{}"
+
+
+def of_settings(data, rng):
+    for value in VALUES:
+        yield f"add_prefix_space is {value!r}", json.dumps({**json.loads(data), "add_prefix_space": value}).encode()
+
+
+def of_index(data, rng):
+    index = json.loads(data)
+    places = index["weight_map"]
+    for value in [*VALUES, "..", "/", "config.json", "../x", "model.safetensors", "model-00001-of-00002"]:
+        name = rng.choice(list(places))
+        yield f"weight_map is {value!r}", json.dumps({**index, "weight_map": value}).encode()
+        yield f"{name} is in {value!r}", json.dumps({**index, "weight_map": {**places, name: value}}).encode()
+        yield f"all are in {value!r}", json.dumps({**index, "weight_map": dict.fromkeys(places, value)}).encode()
+        yield f"new is in {value!r}", json.dumps({**index, "weight_map": {**places, "new": value}}).encode()
+    for _ in range(30):
+        name, shard = rng.choice(list(places)), rng.choice(list(places.values()))
+        yield f"{name} is in {shard}", json.dumps({**index, "weight_map": {**places, name: shard}}).encode()
+        less = {other: shard for other, shard in places.items() if other != name}
+        yield f"without {name}", json.dumps({**index, "weight_map": less}).encode()
+
+
 def of_vocabulary(data, rng):
     vocabulary = json.loads(data)
     for value in VALUES:
@@ -153,39 +197,61 @@ def of_vocabulary(data, rng):
         yield f"<|endoftext|> is {value!r}", json.dumps({**vocabulary, "<|endoftext|>": value}).encode()
     for token in ("", " ", "\0", "é", "€", "<|startoftext|>", "<|im_end|>", "\ud800"):
         yield f"{token!r} is new", json.dumps({**vocabulary, token: len(vocabulary)}).encode()
+    for _ in range(20):
+        one, other = rng.sample(list(vocabulary), 2)
+        swapped = {**vocabulary, one: vocabulary[other], other: vocabulary[one]}
+        yield f"{one!r} and {other!r} exchanged", json.dumps(swapped).encode()
+        less = {token: id for token, id in vocabulary.items() if token != one}
+        yield f"without {one!r}", json.dumps(less).encode()
 
 
-def of_merges(data, rng):
-    first, *lines, last = data.decode().split("\n")
-    for line in ("", "a", "a b c", "  ", "\0 \0", "é €", "\ud800 e", "<|endoftext|> e", lines[0], "#version: 0.2"):
-        for at in (0, 1, len(lines)):
-            changed = "\n".join([first, *lines[:at], line, *lines[at:], last])
-            yield f"line {at} is {line!r}", changed.encode(errors="surrogatepass")
-    for how, changed in {"CRLF": data.replace(b"\n", b"\r\n"), "no version": data.split(b"\n", 1)[1],
-                         "backwards": "\n".join([first, *lines[::-1], last]).encode()}.items():
-        yield how, changed
+def of_tokenizer(data, rng):
+    """Every part of it of another kind; its vocabulary, its merges and its added tokens in disorder."""
+    raw = json.loads(data)
+    model, added = raw["model"], raw["added_tokens"][0]
 
+    def packed(**parts):
+        return json.dumps({**raw, **parts}).encode()
 
-def of_both(vocabulary, merges, rng):
-    """Merges that are wrong, and a vocabulary that agrees with them all the same."""
-    first, *lines, last = merges.decode().split("\n")
-    bytes_only = {token: id for token, id in json.loads(vocabulary).items() if id < 256}
+    for case, vocabulary in of_vocabulary(json.dumps(model["vocab"]).encode(), rng):
+        yield case, packed(model={**model, "vocab": json.loads(vocabulary)})
+    for value in VALUES:
+        for part in raw:
+            yield f"{part} is {value!r}", packed(**{part: value})
+        for key in model:
+            yield f"model.{key} is {value!r}", packed(model={**model, key: value})
+        for key in raw["pre_tokenizer"]:
+            yield f"pre_tokenizer.{key} is {value!r}", packed(pre_tokenizer={**raw["pre_tokenizer"], key: value})
+        for key in added:
+            yield f"added_tokens[0].{key} is {value!r}", packed(added_tokens=[{**added, key: value}])
+            more = {**added, "content": "x" * 20, "id": added["id"] + len(model["vocab"]), key: value}
+            yield f"added_tokens[1].{key} is {value!r}", packed(added_tokens=[added, more])
+        merges = [*model["merges"], value]
+        yield f"the last merge is {value!r}", packed(model={**model, "merges": merges})
+        yield f"there are merges of {value!r}", packed(model={**model, "merges": [*model["merges"], [value, value]]})
     for _ in range(40):
-        at, pair = rng.randrange(len(lines)), " ".join(rng.sample(list(bytes_only), 2))
+        merges, at = list(model["merges"]), rng.randrange(len(model["merges"]))
         how, changed = rng.choice([
-            ("repeat", [*lines, lines[at]]), ("drop", lines[:at] + lines[at + 1:]), ("cut", lines[:at]),
-            ("move", lines[:at] + lines[at + 1:] + [lines[at]]), ("turn", lines[::-1]), ("add", [*lines, pair]),
+            ("repeat", [*merges, merges[at]]), ("drop", merges[:at] + merges[at + 1:]), ("cut", merges[:at]),
+            ("move", merges[:at] + merges[at + 1:] + [merges[at]]), ("turn", merges[::-1]),
+            ("add", [*merges, rng.sample(list(model["vocab"]), 2)]), ("join", [" ".join(merge) for merge in merges]),
         ])
-        tokens = bytes_only | {line.replace(" ", ""): 256 + number for number, line in enumerate(changed)}
-        tokens |= rng.choice([{}, {"<|endoftext|>": len(tokens)}])
-        yield f"vocab.json and merges.txt, {how} {at}", {"merges.txt": "\n".join([first, *changed, last]).encode(),
-                                                        "vocab.json": json.dumps(tokens).encode()}
+        yield f"merges: {how} {at}", packed(model={**model, "merges": changed})
 
 
 def test_every_damage_is_refused_or_answers(tmp_path):
     import checkpoints as make  # not at the top: the other process does without transformers
-    make.save(make.random_gpt2(n_layer=2, n_head=2, n_embd=8, n_positions=8, vocab_size=16), tmp_path, "hub")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 8, "vocab_size": 300}
+    model = make.random_gpt2(**sizes, bos_token_id=0, eos_token_id=0)
+    make.save_tokenizer(tmp_path, make.train_bpe(vocab_size=300))
     make.save_vocabulary(tmp_path, 300)
+    (tmp_path / "merges.txt").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    make.save(model, tmp_path / "whole", "hub")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "whole" / name).replace(tmp_path / name)
+    (tmp_path / "whole" / "generation_config.json").unlink()
+    (tmp_path / "whole").rmdir()
     process = subprocess.run([sys.executable, __file__, tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)},
                              check=False, capture_output=True, text=True, encoding="utf-8", errors="replace")
     lines = process.stdout.splitlines()
@@ -194,7 +260,7 @@ def test_every_damage_is_refused_or_answers(tmp_path):
     wrong = [": ".join(result) for result in results if result[1] not in ("answers", "refused")]
     assert not wrong, "\n".join(wrong)
     counts = Counter(result for _, result in results)
-    assert counts["refused"] > 500 and counts["answers"] > 100, counts  # what is harmless must not be refused
+    assert counts["refused"] > 1500 and counts["answers"] > 300, counts  # what is harmless must not be refused
 
 
 if __name__ == "__main__":

@@ -1,42 +1,57 @@
-"""What a start costs, in what can be said without a clock: modules imported, memory taken, files opened."""
+"""Promise: a start costs what it must: the modules that are imported, the memory that is taken."""
 import os
 import struct
 import subprocess
 import sys
 
 import pytest
-from checkpoints import ROOT, random_gpt2, save, save_vocabulary
+import torch
+from checkpoints import ROOT, TORCH, random_gpt2, save, save_vocabulary
 
-HEAVY = {"transformers", "huggingface_hub", "sympy", "torch._dynamo", "torch._inductor", "regex", "requests"}
+HEAVY = {"transformers", "huggingface_hub", "regex", "requests", "torch._dynamo", "torch._inductor"}
+if TORCH >= (2, 6):
+    HEAVY.add("sympy")  # which an older torch imports for the shapes of tensors without memory
 
 
 def python(code, *args):
-    process = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}", *map(str, args)],
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"
+    process = subprocess.run([sys.executable, "-c", code, *map(str, args)],
                              capture_output=True, check=False, text=True, timeout=100)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
 
 def test_import_is_light_and_silent():
-    assert python(f"import train_gpt2; print({HEAVY} & sys.modules.keys())") == "set()\n"
+    code = """
+import safetensors.torch, tiktoken_ext.openai_public, torch, tqdm
+before = set(sys.modules)  # older versions import some heavy ones themselves
+import train_gpt2
+print(sorted(set(sys.modules) - before))
+"""
+    assert not HEAVY & set(eval(python(code)))
 
 
 def test_a_folder_needs_no_hub(tiny):
-    out = python(f"import train_gpt2; train_gpt2.main(['--model', sys.argv[1]]); print({HEAVY} & sys.modules.keys())", tiny)
-    assert out.endswith("\nset()\n")
+    """Nor what torch and tiktoken do not need; what they saw on import is not gone through again at
+    the exit, where it takes a third of a second."""
+    code = """
+import gc, train_gpt2
+before = set(sys.modules)
+train_gpt2.main(['--model', sys.argv[1]])
+print(sorted(set(sys.modules) - before))
+print(gc.get_freeze_count(), len(gc.get_objects()))
+"""
+    *_, imported, counts = python(code, tiny).splitlines()
+    assert not HEAVY & set(eval(imported))
+    frozen, looked_at = map(int, counts.split())
+    assert frozen > 3 * looked_at
 
 
-def test_what_was_imported_is_not_collected(tiny):
-    """Torch's hundred thousands of objects: to look through them once more, at exit, takes a third of a second."""
-    code = "import gc, train_gpt2; train_gpt2.main(['--model', sys.argv[1]]); print(gc.get_freeze_count(), len(gc.get_objects()))"
-    frozen, looked_at = map(int, python(code, tiny).split("\n")[-2].split())
-    assert frozen > 10 * looked_at
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_reads_nothing_and_copies_nothing(tmp_path):
-    """The 124M checkpoint stays a map of its file: loading it takes next to no memory."""
-    folder = save(random_gpt2(n_layer=4, n_embd=768, n_head=12), tmp_path)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, which only Linux has")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loading_reads_nothing_and_copies_nothing(tmp_path, dtype):
+    """The checkpoint stays a map of its file: loading it takes next to no memory."""
+    folder = save(random_gpt2(n_layer=4, n_embd=768, n_head=12).to(dtype), tmp_path)
     code = """
 import re, torch, train_gpt2
 def memory():
@@ -44,10 +59,10 @@ def memory():
 train_gpt2.GPT(train_gpt2.GPTConfig(n_layer=1, n_embd=8, n_head=1, vocab_size=8))
 before = memory()
 model = train_gpt2.GPT.from_pretrained(sys.argv[1])
-print(memory() - before, sum(p.numel() for p in model.parameters()) * 4 / 2**20)
+print(memory() - before, sum(p.nbytes for p in model.parameters()) / 2**20)
 """
     taken, size = map(float, python(code, folder).split())
-    assert size > 200
+    assert size > 100
     assert taken < 0.05 * size
 
 
@@ -59,8 +74,10 @@ def test_progress_is_for_terminals_and_for_long_generations(tmp_path):
     for length in (1024, 30):
         terminal, stderr = pty.openpty()
         fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        process = subprocess.Popen([sys.executable, ROOT / "train_gpt2.py", "--model", tmp_path, "--max-length", str(length)],
-                                   stdout=subprocess.DEVNULL, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [sys.executable, ROOT / "train_gpt2.py", "--model", tmp_path, "--max-length", str(length),
+                   "--num-return-sequences", "1"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
         os.close(stderr)
         shown[length] = b""
         try:

@@ -1,9 +1,23 @@
-"""Training a loaded model: loss and gradients are those of transformers, and the file on disk stays as it is."""
+"""Promise: a model starts as GPT-2 did, and trains as transformers' does: the loss, every gradient
+and every weight after each step are the same to the last bit. And it goes into what people train
+with: torch.compile, torch.export, autocast, hooks, copies."""
+import copy
 import hashlib
+import shutil
+import sys
+import warnings
 
 import pytest
 import torch
-from checkpoints import random_gpt2, save
+from checkpoints import (
+    OTHER_SCALE,
+    TORCH,
+    pair,
+    random_gpt2,
+    random_idx,
+    same_scale,
+    save,
+)
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
@@ -13,49 +27,111 @@ SIZES = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 50, "vocab_size
 
 
 def loss_of(model, idx):
-    return F.cross_entropy(model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten())
+    logits = model(idx[:, :-1])
+    logits = getattr(logits, "logits", logits)  # transformers wraps its own
+    return F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
 
 
-def as_theirs(name, tensor):
-    """nn.Linear has (out, in), Hugging Face's Conv1D (in, out)."""
-    conv1d = name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
-    return tensor.t() if conv1d else tensor
+# The start
 
+@pytest.fixture(scope="module")
+def fresh():
+    torch.manual_seed(0)
+    return GPT(GPTConfig())
+
+
+def test_initialised_as_gpt2_is(fresh):
+    for name, p in fresh.named_parameters():
+        if p.ndim == 1:
+            assert (p == (1 if "ln_" in name and name.endswith("weight") else 0)).all(), name
+            continue
+        std = 0.02 / 24**0.5 if "c_proj" in name else 0.02
+        # within six standard errors of N(0, std)
+        assert abs(p.mean()) < 6 * std / p.numel()**0.5, name
+        assert abs(p.std() / std - 1) < 6 / (2 * p.numel())**0.5, name
+        assert not torch.equal(p[0], p[1]), name
+    assert fresh.lm_head.weight is fresh.transformer.wte.weight
+    assert sum(p.numel() for p in fresh.parameters()) == 124_439_808
+
+
+def test_a_fresh_model_learns():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
+    idx = torch.randint(50, (2, 20))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    first = loss_of(model, idx).item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = loss_of(model, idx)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first / 2
+
+
+# The steps
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hs", [16, 7])
 def test_loss_and_every_gradient(tmp_path, layout, hs, dtype, device):
-    folder = save(random_gpt2(**SIZES | {"n_embd": 4 * hs}), tmp_path, layout)
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device, dtype)
-    ours = GPT.from_pretrained(folder).to(device, dtype)
+    if not same_scale(hs, dtype):
+        pytest.skip(OTHER_SCALE)
+    ours, theirs = pair(save(random_gpt2(**SIZES | {"n_embd": 4 * hs}), tmp_path, layout), dtype, device)
+    parameters = dict(ours.named_parameters())
     for B, T in [(1, 2), (4, 33), (3, 50)]:
-        idx = torch.randint(211, (B, T), device=device)
+        idx = random_idx(ours, B, T)
         ours.zero_grad()
         theirs.zero_grad()
-        loss = loss_of(ours, idx)
-        loss.backward()
-        expected = F.cross_entropy(theirs(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten())
-        expected.backward()
+        loss, expected = loss_of(ours, idx), loss_of(theirs, idx)
         assert torch.equal(loss, expected)
-        parameters = dict(ours.named_parameters())
-        assert parameters.keys() == dict(theirs.named_parameters()).keys()
+        loss.backward()
+        expected.backward()
         for name, p in theirs.named_parameters():
-            assert torch.equal(as_theirs(name, parameters[name].grad), p.grad), name
+            assert torch.equal(parameters[name].grad, p.grad), name
 
 
 def test_transformers_own_loss(tmp_path):
-    folder = save(random_gpt2(**SIZES), tmp_path)
-    idx = torch.randint(211, (4, 50))
-    expected = GPT2LMHeadModel.from_pretrained(folder)(idx, labels=idx).loss
-    targets = F.pad(idx[:, 1:], (0, 1), value=-100)  # transformers keeps the last position, without a target
-    assert torch.equal(F.cross_entropy(GPT.from_pretrained(folder)(idx).flatten(0, 1), targets.flatten()), expected)
+    ours, theirs = pair(save(random_gpt2(**SIZES), tmp_path))
+    idx = random_idx(ours, 4, 50)
+    targets = F.pad(idx[:, 1:], (0, 1), value=-100)  # it keeps the last position, without a target
+    loss = F.cross_entropy(ours(idx).flatten(0, 1), targets.flatten())
+    assert torch.equal(loss, theirs(idx, labels=idx).loss)
+
+
+@pytest.mark.parametrize("how", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_weight_after_each_step(tmp_path, dtype, how, device):
+    if "fused" in how and device == "cpu" and TORCH < (2, 4):
+        pytest.skip("the fused AdamW came to the CPU with torch 2.4")
+    ours, theirs = pair(save(random_gpt2(**SIZES), tmp_path), dtype, device)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, **how) for model in (ours, theirs)]
+    parameters = dict(ours.named_parameters())
+    for step in range(5):
+        idx = random_idx(ours, 4, 33, seed=step)
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            loss_of(model, idx).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        for name, p in theirs.named_parameters():
+            assert torch.equal(parameters[name], p), f"{name}, step {step}"
+
+
+def test_gpt2s_size(full):
+    ours, theirs = pair(full)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4) for model in (ours, theirs)]
+    parameters = dict(ours.named_parameters())
+    for model, optimizer in zip((ours, theirs), optimizers):
+        loss_of(model, random_idx(ours, 2, 24)).backward()
+        optimizer.step()
+    for name, p in theirs.named_parameters():
+        assert torch.equal(parameters[name], p), name
 
 
 def test_training_learns_and_leaves_the_file_alone(tmp_path):
     file = save(random_gpt2(**SIZES), tmp_path) / "model.safetensors"
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     model = GPT.from_pretrained(tmp_path).train()
-    idx = torch.randint(211, (4, 33))
+    idx = random_idx(model, 4, 33)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(8):
@@ -70,22 +146,106 @@ def test_training_learns_and_leaves_the_file_alone(tmp_path):
     assert hashlib.sha256(file.read_bytes()).hexdigest() == before
 
 
-def test_a_fresh_model_learns_too():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32))
-    idx = torch.randint(50, (2, 20))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    first = loss_of(model, idx).item()
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = loss_of(model, idx)
+# What people train with
+
+@pytest.fixture
+def model(tmp_path, device):
+    return GPT.from_pretrained(save(random_gpt2(**SIZES), tmp_path)).to(device)
+
+
+def assert_near(ours, expected):
+    """Compiled, operations are fused and round at other points: as near as a few roundings."""
+    error = (ours - expected).abs().max() / expected.abs().max()
+    assert error < 50 * torch.finfo(torch.float32).eps, error
+
+
+def test_compile_in_one_graph(model):
+    if not any(map(shutil.which, ["c++", "g++", "clang++", "cl"])):
+        pytest.skip("there is no C++ compiler here, which torch.compile needs on a CPU")
+    if TORCH < (2, 4) and sys.version_info >= (3, 12):
+        pytest.skip("torch.compile of this torch runs on Python 3.11 at most")
+    del model.transformer.h[1:]  # one block is compiled in a third of the time of three
+    idx = random_idx(model, 2, 16)
+    with torch.no_grad():
+        assert_near(torch.compile(model, fullgraph=True)(idx), model(idx))
+
+
+@pytest.mark.parametrize("lengths", [[16, 16], [16, 9, 50, 1, 2]], ids=str)
+def test_compile_for_training(model, lengths):
+    """All of the compiler but its last part, the machine code, which takes the time. From the second
+    length on, it compiles for any: T is a symbol then."""
+    if TORCH < (2, 4) and sys.version_info >= (3, 12):
+        pytest.skip("torch.compile of this torch runs on Python 3.11 at most")
+    torch._dynamo.reset()
+    del model.transformer.h[1:]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for T in lengths:
+        idx = random_idx(model, 2, T + 1)
+        gradients = []
+        for each in (model, compiled):
+            model.zero_grad()
+            loss_of(each, idx).backward()
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        for name, gradient in gradients[0].items():
+            assert_near(gradients[1][name], gradient)
+
+
+def test_export(model):
+    idx = random_idx(model, 2, 16)
+    assert torch.equal(torch.export.export(model, (idx,)).module()(idx), model(idx))
+
+
+def test_export_for_any_length(model):
+    shapes = ({1: torch.export.Dim("T", min=2, max=50)},)
+    exported = torch.export.export(model, (random_idx(model, 2, 16),), dynamic_shapes=shapes).module()
+    for T in (2, 16, 50):
+        idx = random_idx(model, 2, T)
+        assert torch.equal(exported(idx), model(idx))
+
+
+def test_autocast(model):
+    """As transformers under the same autocast, to the last bit; the weights stay float32."""
+    theirs = random_gpt2(**SIZES).to(model.lm_head.weight.device)
+    idx = random_idx(model, 4, 33)
+    for each in (model, theirs):
+        with torch.autocast(idx.device.type, dtype=torch.bfloat16):
+            loss = loss_of(each, idx)
         loss.backward()
-        optimizer.step()
-    assert loss.item() < first / 2
+    assert model(idx).dtype == torch.float32
+    with torch.autocast(idx.device.type, dtype=torch.bfloat16):
+        assert model(idx).dtype == torch.bfloat16
+        assert torch.equal(model(idx), theirs(idx).logits)
+        assert model.generate(idx, 40).shape == (4, 40)
+    parameters = dict(model.named_parameters())
+    for name, p in theirs.named_parameters():
+        assert torch.equal(parameters[name].grad, p.grad), name
 
 
-def test_one_tensor_through_every_conversion(tmp_path, layout, device):
-    model = GPT.from_pretrained(save(random_gpt2(**SIZES), tmp_path, layout))
-    for converted in (model, model.to(torch.bfloat16), model.to(device), model.float()):
-        assert converted.lm_head.weight is converted.transformer.wte.weight
-    assert "lm_head.weight" not in dict(model.named_parameters())
+def test_copies_and_hooks(model):
+    idx = random_idx(model, 2, 9)
+    logits = model(idx)
+    twin = copy.deepcopy(model)
+    seen = []
+    for block in model.transformer.h:
+        block.attn.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+    assert model(idx).eq(0).any() and seen == [(2, 9, 64)] * 3
+    assert torch.equal(twin(idx), logits)
+    assert twin.lm_head.weight is twin.transformer.wte.weight
+
+
+def test_no_warnings(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = GPT.from_pretrained(save(random_gpt2(**SIZES), tmp_path)).train()
+        loss_of(model, random_idx(model, 2, 9)).backward()
+        model.generate(random_idx(model, 2, 9), 20)
+        model.save_pretrained(tmp_path / "mine")
+
+
+def test_a_peers_forward_is_not_ours(tmp_path):
+    """That the helpers above compare two programs, and not one with itself."""
+    ours, theirs = pair(save(random_gpt2(**SIZES), tmp_path))
+    assert isinstance(theirs, GPT2LMHeadModel) and isinstance(ours, GPT)
+    assert not {type(m) for m in ours.modules() if type(m).__module__ == "train_gpt2"} & {type(m) for m in theirs.modules()}
