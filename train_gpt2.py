@@ -318,7 +318,7 @@ def sample(logits, temperature, top_k):
     """
     if temperature:
         logits = logits / temperature
-    if not logits.amax().isfinite():  # on a GPU, multinomial would end the process over it
+    if not logits.amax(dim=-1).isfinite().all():  # or on a GPU, multinomial ends the process
         raise ValueError(f"the logits overflow at temperature {temperature}: use a higher "
                          "temperature, or float32")
     if temperature == 0:

@@ -49,6 +49,8 @@ def test_saved_and_read_again(tmp_path, capsys, kind):
     assert type(AutoModelForCausalLM.from_pretrained(mine)) is type(theirs)
     assert ours.config == model.config
     assert {p.dtype for p in ours.parameters()} == {theirs.dtype} == {model.lm_head.weight.dtype}
+    dtype = json.loads((mine / "config.json").read_text())["dtype"]
+    assert f"torch.{dtype}" == str(model.lm_head.weight.dtype)
     for B, T in [(1, 1), (3, 9)]:
         idx = random_idx(model, B, T)
         assert torch.equal(ours(idx), model(idx))
