@@ -544,7 +544,7 @@ def read_tokenizer(folder):
     GPT-2's tokens come from byte-pair encoding. A regex, r50k_pat_str, cuts the text into pieces:
     words, numbers, punctuation, each with the space before it, and longer white space. A piece
     starts as its single bytes. Then, as long as two neighbours joined are a token, those two are
-    joined whose token has the lowest rank. The rank is the id: training gave both in turn.
+    joined whose token has the lowest rank. The rank is the id: training made the tokens in turn.
     """
     path = folder / "tokenizer.json"
     if not path.exists():

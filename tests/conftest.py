@@ -16,8 +16,8 @@ try:
 
     GPT2LMHeadModel.from_pretrained  # noqa: B018 - without a torch that it likes, this raises
 except ImportError:
-    pytest.exit(f"transformers {importlib.metadata.version('transformers')} does not run with torch "
-                f"{torch.__version__}: pip install \"transformers<5\"", returncode=1)
+    sys.exit(f"transformers {importlib.metadata.version('transformers')} does not run with torch "
+             f"{torch.__version__}: pip install \"transformers<5\"")
 
 from checkpoints import LAYOUTS, REAL_VOCABULARY, random_gpt2, save, save_vocabulary
 

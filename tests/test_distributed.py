@@ -2,6 +2,7 @@
 model goes into DistributedDataParallel and fully_shard as it is."""
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -32,6 +33,9 @@ needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torc
 
 def run(arguments, folder, **env):
     """Python in the folder, with train_gpt2.py at hand, each process on one thread."""
+    with socket.socket() as free:  # a port of our own: the usual one may be somebody's
+        free.bind(("127.0.0.1", 0))
+        env["PET_MASTER_PORT"] = str(free.getsockname()[1])  # as torchrun's --master-port
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
     process = subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=env, check=False,
                              capture_output=True, encoding="utf-8", errors="replace", timeout=200)

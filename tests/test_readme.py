@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from checkpoints import ROOT, random_gpt2, save, save_tokenizer, train_bpe
@@ -60,6 +61,15 @@ def test_the_map_of_the_file():
     assert set(public) <= set(names)
 
 
+def test_requirements_are_bounds_that_hold_here():
+    """Lower ones only, so that nobody's torch is taken away."""
+    for line in REQUIREMENTS:
+        if not line.startswith("#"):
+            name, bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups()
+            installed = [int(part) for part in re.findall(r"\d+", version(name))[:3]]
+            assert installed >= [int(part) for part in bound.split(".")], line
+
+
 def test_what_is_imported_is_required():
     required = {re.match(r"[\w-]+", line)[0] for line in REQUIREMENTS if not line.startswith("#")}
     imported = set()
@@ -69,6 +79,17 @@ def test_what_is_imported_is_required():
     own = {path.stem for path in [ROOT / "train_gpt2.py", *(ROOT / "tests").glob("*.py")]}
     others = imported - own - sys.stdlib_module_names
     assert {name.replace("tiktoken_ext", "tiktoken") for name in others} <= required
+
+
+def test_the_versions_of_the_table():
+    """The oldest row is the one that requirements.txt names."""
+    bounds = dict(line.split(">=") for line in REQUIREMENTS if not line.startswith("#"))
+    rows = re.findall(r"^\| (3\.\d+\.\d+) \| ([\d.]+)\S* \| ([\d.]+) \|", README, re.MULTILINE)
+    assert len(rows) >= 4
+    assert any(torch.startswith(bounds["torch"]) and transformers.startswith(bounds["transformers"])
+               for _, torch, transformers in rows)
+    oldest = min(tuple(map(int, python.split(".")[:2])) for python, _, _ in rows)
+    assert f"Python {'.'.join(map(str, oldest))} or later" in README
 
 
 def test_the_top_level():

@@ -159,23 +159,25 @@ def assert_near(ours, expected):
     assert error < 50 * torch.finfo(torch.float32).eps, error
 
 
+needs_dynamo = pytest.mark.skipif(TORCH < (2, 4) and sys.version_info >= (3, 12),
+                                  reason="this torch's compile and export run on Python 3.11 at most")
+
+
+@needs_dynamo
 def test_compile_in_one_graph(model):
     if not any(map(shutil.which, ["c++", "g++", "clang++", "cl"])):
         pytest.skip("there is no C++ compiler here, which torch.compile needs on a CPU")
-    if TORCH < (2, 4) and sys.version_info >= (3, 12):
-        pytest.skip("torch.compile of this torch runs on Python 3.11 at most")
     del model.transformer.h[1:]  # one block is compiled in a third of the time of three
     idx = random_idx(model, 2, 16)
     with torch.no_grad():
         assert_near(torch.compile(model, fullgraph=True)(idx), model(idx))
 
 
+@needs_dynamo
 @pytest.mark.parametrize("lengths", [[16, 16], [16, 9, 50, 1, 2]], ids=str)
 def test_compile_for_training(model, lengths):
     """All of the compiler but its last part, the machine code, which takes the time. From the second
     length on, it compiles for any: T is a symbol then."""
-    if TORCH < (2, 4) and sys.version_info >= (3, 12):
-        pytest.skip("torch.compile of this torch runs on Python 3.11 at most")
     torch._dynamo.reset()
     del model.transformer.h[1:]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -190,11 +192,13 @@ def test_compile_for_training(model, lengths):
             assert_near(gradients[1][name], gradient)
 
 
+@needs_dynamo
 def test_export(model):
     idx = random_idx(model, 2, 16)
     assert torch.equal(torch.export.export(model, (idx,)).module()(idx), model(idx))
 
 
+@needs_dynamo
 def test_export_for_any_length(model):
     shapes = ({1: torch.export.Dim("T", min=2, max=50)},)
     exported = torch.export.export(model, (random_idx(model, 2, 16),), dynamic_shapes=shapes).module()
