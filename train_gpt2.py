@@ -300,7 +300,8 @@ class GPT(nn.Module):
 
         Each file is first written elsewhere in the folder, then moved to its place in one step. So
         a crash leaves no file half-written, and a file that this model is mapped from is not
-        written over. OSError if the folder cannot be written.
+        written over. OSError if the folder cannot be written, ValueError if the head has come to
+        have a weight of its own.
         """
         write_folder(self, Path(folder))
 
@@ -654,7 +655,8 @@ def write_folder(model, folder):
     config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
     files = model.vocabulary | {"config.json": json.dumps(config, indent=2).encode()}
     weights = model.state_dict()
-    del weights["lm_head.weight"]  # it is transformer.wte.weight, and stored once
+    if not torch.equal(weights.pop("lm_head.weight"), weights["transformer.wte.weight"]):
+        raise ValueError("lm_head.weight is no longer wte.weight; one tensor for both can be saved")
     folder.mkdir(parents=True, exist_ok=True)
     for left_behind in folder.glob(".saving-*"):  # by a process that was killed
         shutil.rmtree(left_behind, ignore_errors=True)
@@ -694,13 +696,14 @@ def main(argv=None):
             ("--max-length", 30, "tokens in each, the prompt's included"),
             ("--temperature", 1.0, "over 1 wilder, under 1 tamer, 0 the likeliest token each time"),
             ("--top-k", 50, "draw from the K likeliest tokens; 0 draws from all"),
-            ("--seed", 42, "the same seed says the same words"),
+            ("--seed", 42, "the same seed and flags say the same words"),
             ("--device", "auto", "cpu, cuda, cuda:1, mps, ...; auto is cuda, else mps, else cpu")]:
         parser.add_argument(flag, default=default, type=type(default), help=meaning)
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                         help="of weights and arithmetic; auto is the checkpoint's")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # what a console cannot show becomes a question mark
+    if sys.stdout:  # it is None if it was closed
+        sys.stdout.reconfigure(errors="replace")  # for what a console cannot show, a question mark
     try:
         complete(**vars(args))  # --max-length is its max_length, and so on
     except BrokenPipeError:  # `| head -1` has seen enough: what is left to print goes nowhere
@@ -729,8 +732,9 @@ def complete(model, prompt, num_return_sequences, max_length, temperature, top_k
         raise ValueError(f"the vocabulary in {folder} is not the model's: it has an id "
                          f"{max(readable)}, and the model {config.vocab_size} tokens")
     tokens = tokenizer.encode(prompt, allowed_special="all")
-    if not tokens and config.bos_token_id is None:
-        raise ValueError("the prompt is empty, and this model has no bos_token_id to start from")
+    if not tokens and config.bos_token_id not in range(config.vocab_size):
+        raise ValueError("the prompt is empty, and the model has no token to start from: its "
+                         f"bos_token_id is {config.bos_token_id}")
     tokens = tokens or [config.bos_token_id]
     idx = torch.tensor([tokens])  # (1, T)
     check_generate(config, idx, max_length, temperature, top_k)

@@ -145,7 +145,15 @@ assert held < 0.6 * sum(p.numel() for p in whole.parameters()), "each process ho
 train(gpt, mine)
 for name, p in gpt.named_parameters():
     assert (p.full_tensor() - expected[name]).abs().max() < 1e-5, name
+# The README's way to save it.
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+weights = get_model_state_dict(gpt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if dist.get_rank() == 0:
+    new = GPT.from_pretrained(sys.argv[1])
+    new.load_state_dict(weights)
+    new.save_pretrained("sharded")
+    for name, p in new.named_parameters():
+        assert (p - expected[name]).abs().max() < 1e-5, name
     print("fully sharded", flush=True)
 dist.destroy_process_group()
 """

@@ -232,6 +232,12 @@ def test_config_with_another_impossible_value(model, capsys, field, value):
     refused_everywhere(capsys, model, "config.json", field)
 
 
+@pytest.mark.parametrize("bos", [None, 10**6])
+def test_empty_prompt_without_a_token_to_start_from(model, capsys, bos):
+    change_config(model, bos_token_id=bos)
+    refused(capsys, ["--model", model, "--prompt", ""], "prompt is empty", f"bos_token_id is {bos}")
+
+
 def test_dropped_tensor(model, capsys):
     change_weights(model, lambda tensors: tensors.pop("h.1.mlp.c_fc.bias"))
     refused_everywhere(capsys, model, "model.safetensors", "h.1.mlp.c_fc.bias")

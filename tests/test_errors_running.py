@@ -75,6 +75,13 @@ def test_help_on_a_terminal_that_knows_ascii_only(monkeypatch):
     assert exit.value.code == 0 and b"--num-return-sequences" in sys.stdout.buffer.getvalue()
 
 
+def test_closed_stdout(tiny, monkeypatch, capsys):
+    """`>&-`: Python then has None for it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    train_gpt2.main(["--model", str(tiny)])
+    assert "Error" not in capsys.readouterr().err
+
+
 def test_prompt_that_is_no_unicode(tiny, capsys):
     """Bytes that are no UTF-8 reach Python's argv as lone surrogates, which neither UTF-8 nor a tokenizer can write."""
     train_gpt2.main(["--model", str(tiny), "--prompt", "caf\udce9"])

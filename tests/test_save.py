@@ -24,7 +24,7 @@ from checkpoints import (
 from test_words import KINDS, expected, ids, peer, today, words
 from transformers import AutoModelForCausalLM
 
-from train_gpt2 import GPT, GPTConfig, main
+from train_gpt2 import GPT, GPTConfig, find_folder, main, read_vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,6 +108,30 @@ def test_a_model_made_from_nothing(tmp_path, capsys, monkeypatch):
     model = GPT(GPTConfig(**small, vocab_size=save_vocabulary(tmp_path / "own"), bos_token_id=0))
     model.save_pretrained(tmp_path / "own")
     assert words(capsys, tmp_path / "own", "Hello").count("> Hello") == 5
+
+
+def test_the_vocabulary_of_another_model(tmp_path, tiny, capsys):
+    """The README's way to save a model made from nothing with a vocabulary."""
+    gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=400, bos_token_id=0))
+    gpt.vocabulary = read_vocabulary(find_folder(tiny, weights=False))
+    gpt.save_pretrained(tmp_path)
+    assert words(capsys, tmp_path, "Hello").count("> Hello") == 5
+    assert read_tokenizer(tmp_path)("Hello")["input_ids"] == read_tokenizer(tiny)("Hello")["input_ids"]
+
+
+def test_a_head_of_its_own(tmp_path, tiny):
+    """As load_state_dict(assign=True) makes it. It could only be saved by dropping it."""
+    model = GPT.from_pretrained(tiny)
+    model.save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path)  # another tensor, but of the same numbers
+    assert contents(tmp_path) == before
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] += 1
+    with pytest.raises(ValueError, match="lm_head"):
+        model.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_a_name_of_several_folders_a_path_and_a_name(tmp_path, monkeypatch):
