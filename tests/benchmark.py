@@ -2,10 +2,11 @@
 
     python tests/benchmark.py
 
-The checkpoints are made here, in a temporary folder; random weights are as fast as trained ones. A quarter of an hour
-on two cores, in parts with --only. Ratios are ours over the peer's: of seconds, under 1 is faster; of tokens/s, over 1.
+The checkpoints are made here, in a temporary folder; random weights are as fast as trained ones. Half an hour on two
+cores, in parts with --only. Ratios are ours over the peer's: of seconds, under 1 is faster; of tokens/s, over 1.
 """
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ import transformers
 from checkpoints import REAL_VOCABULARY, ROOT, random_gpt2, save, save_vocabulary
 
 sys.path.insert(0, str(ROOT))
-from train_gpt2 import GPT
+from train_gpt2 import GPT, Conv1D
 
 PROMPT = 8  # tokens in a row before the first new one, as in the script's own prompt
 
@@ -35,7 +36,8 @@ import sys
 from transformers import pipeline, set_seed
 generator = pipeline("text-generation", model=sys.argv[1], device=sys.argv[2])
 set_seed(42)
-for text in generator("Hello, I'm a language model,", max_length=30, num_return_sequences=5, temperature=1.0):
+new = {"max_new_tokens": 30 - len(generator.tokenizer("Hello, I'm a language model,")["input_ids"])}
+for text in generator("Hello, I'm a language model,", **new, num_return_sequences=5, temperature=1.0, do_sample=True):
     print(">", text["generated_text"])
 """
 
@@ -109,6 +111,29 @@ model = {}
 print(time.perf_counter() - start)
 """
 
+# Both sides are given the same tokens and learn to predict the next one; the loss of each step is compared.
+TRAIN = """
+import json, statistics, sys, time, torch
+from torch.nn import functional as F
+{}
+folder, device, autocast = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+model = {}.to(device)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+idx = torch.randint(50257, (4, 129), generator=torch.Generator().manual_seed(0)).to(device)
+seconds, losses = [], []
+for _ in range(5):
+    start = time.perf_counter()
+    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=autocast):
+        logits = {}
+        loss = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())  # which waits for the GPU
+    seconds.append(time.perf_counter() - start)
+print(json.dumps([statistics.median(seconds[1:]), losses]))
+"""
+
 # A small process between this one and what it measures, since a child's peak memory is at least its parent's.
 COLD = """
 import json, subprocess, sys, time
@@ -122,17 +147,19 @@ print(json.dumps((seconds, peak, stdout)))
 """
 
 
-def cold(*arguments):
+def cold(*arguments, cwd=ROOT):
     """Run Python in a fresh process: seconds, peak MiB (not a number on Windows), stdout."""
     command = [sys.executable, "-c", COLD, sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", errors="replace", check=False)
     return json.loads(done.stdout) if done.returncode == 0 else sys.exit(done.stderr)
 
 
 def writer(model, B, length, per_second=False):
     """A run for compare(): sample B rows up to length. Milliseconds a step, or tokens a second."""
     idx = torch.arange(B * PROMPT, device=next(model.parameters()).device).view(B, PROMPT)
-    theirs = {} if isinstance(model, GPT) else {"do_sample": True, "top_k": 50, "attention_mask": torch.ones_like(idx)}
+    theirs = {"do_sample": True, "top_k": 50, "attention_mask": torch.ones_like(idx)}
+    if not isinstance(model, transformers.PreTrainedModel):
+        theirs = {}
 
     def run():
         torch.manual_seed(42)
@@ -145,16 +172,16 @@ def writer(model, B, length, per_second=False):
 
 def products(model, B):
     """A run for compare(): only the matrix products of one new token in each of B rows. Milliseconds."""
-    device = next(model.parameters()).device
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    x = {n: torch.randn(B, 1, n, device=device) for n in {linear.in_features for linear in linears}}
+    layers = [module for module in model.modules() if isinstance(module, (Conv1D, torch.nn.Linear))]
+    sizes = [module.weight.shape[module is model.lm_head] for module in layers]  # of what goes in
+    x = {n: torch.randn(B, 1, n, device=model.lm_head.weight.device) for n in sizes}
 
     def run():
         start = time.perf_counter()
         with torch.inference_mode():
             for _ in range(20):
-                for linear in linears:
-                    y = linear(x[linear.in_features])
+                for layer, n in zip(layers, sizes):
+                    y = layer(x[n])
         y.cpu()
         return 1000 * (time.perf_counter() - start) / 20, None, None
     return run
@@ -182,29 +209,43 @@ def compare(what, unit, rounds, runs):
                f"{min(ratios):.2f}–{max(ratios):.2f}", "" if peer[0][2] is None else same)
 
 
-def pair(folder, device, dtype=torch.float32):
-    """Our model and transformers'."""
-    return [cls.from_pretrained(folder).to(device, dtype) for cls in (GPT, transformers.GPT2LMHeadModel)]
+def load_older(folder):
+    """The GPT of another version of the script, which stays apart from this one."""
+    spec = importlib.util.spec_from_file_location("older", folder / "train_gpt2.py")
+    module = sys.modules["older"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.GPT
+
+
+def load_all(folder, args, dtype=torch.float32):
+    """Our model, transformers', and that of the older version if there is one, by name."""
+    classes = {"ours": GPT, "generate()": transformers.GPT2LMHeadModel}
+    if args.older:
+        classes["older version"] = load_older(args.older)
+    return {name: cls.from_pretrained(folder).to(args.device, dtype) for name, cls in classes.items()}
 
 
 def generation(what, models, B, length, rounds, **more):
-    ours, peer = (writer(model, B, length) for model in models)
-    yield from compare(what, "ms/token", rounds, {"ours": ours, "generate()": peer, **more})
+    runs = {name: writer(model, B, length) for name, model in models.items()}
+    yield from compare(what, "ms/token", rounds, runs | more)
 
 
-def job(folder, device, rounds):
-    yield from compare("the whole job, cold process", "s", rounds, {
-        "ours": lambda: cold("train_gpt2.py", "--model", folder, "--device", device),
-        "transformers' pipeline": lambda: cold("-c", PIPELINE, folder, device),
-        "a lecture's script": lambda: (*cold("-c", LECTURE, folder, device)[:2], None),
+def job(folder, args):
+    def script(root):
+        return lambda: cold("train_gpt2.py", "--model", folder, "--device", args.device, cwd=root)
+    yield from compare("the whole job, cold process", "s", args.rounds, {
+        "ours": script(ROOT),
+        "transformers' pipeline": lambda: cold("-c", PIPELINE, folder, args.device),
+        "a lecture's script": lambda: (*cold("-c", LECTURE, folder, args.device)[:2], None),
         "`import torch` alone": lambda: (*cold("-c", "import torch")[:2], None),
+        **({"older version": script(args.older)} if args.older else {}),
     })
 
 
-def load(folder, device, rounds):
+def load(folder, args):
     def timed(imports, call):
         return lambda: (float(cold("-c", LOAD.format(imports, call), folder)[2]), None, None)
-    yield from compare("`from_pretrained`, 124M", "s", rounds, {
+    yield from compare("`from_pretrained`, 124M", "s", args.rounds, {
         "ours": timed("from train_gpt2 import GPT", "GPT.from_pretrained(sys.argv[1])"),
         "transformers": timed("from transformers import GPT2LMHeadModel as M", "M.from_pretrained(sys.argv[1])"),
         "the file read and copied": timed(
@@ -213,24 +254,46 @@ def load(folder, device, rounds):
     })
 
 
-def narrow(folder, device, rounds):
-    models = pair(save(random_gpt2(n_embd=96, vocab_size=1000), folder / "narrow"), device)
+def narrow(folder, args):
+    models = load_all(save(random_gpt2(n_embd=96, vocab_size=1000), folder / "narrow"), args)
     for length in 256, 1024:
-        yield from generation(f"width 96, batch 5, length {length}", models, 5, length, rounds)
+        yield from generation(f"width 96, batch 5, length {length}", models, 5, length, args.rounds)
 
 
-def full(folder, device, rounds):
-    models = pair(folder, device)
+def full(folder, args):
+    models = load_all(folder, args)
     for B in 1, 5:
-        yield from generation(f"124M, batch {B}, float32, length 128", models, B, 128, rounds,
-                              **{"its matrix products alone": products(models[0], B)})
+        yield from generation(f"124M, batch {B}, float32, length 128", models, B, 128, args.rounds,
+                              **{"its matrix products alone": products(models["ours"], B)})
 
 
-def bfloat16(folder, device, rounds):
-    ours, peer = (writer(model, 5, 128, per_second=True) for model in pair(folder, device, torch.bfloat16))
-    wide = writer(GPT.from_pretrained(folder).to(device), 5, 128, per_second=True)
-    yield from compare("124M, batch 5, bfloat16, length 128", "tokens/s", rounds, {
-        "ours": ours, "generate()": peer, "our float32": lambda: (wide()[0], None, None)})
+def bfloat16(folder, args):
+    models = load_all(folder, args, torch.bfloat16)
+    runs = {name: writer(model, 5, 128, per_second=True) for name, model in models.items()}
+    wide = writer(GPT.from_pretrained(folder).to(args.device), 5, 128, per_second=True)
+    yield from compare("124M, batch 5, bfloat16, length 128", "tokens/s", args.rounds, {
+        **runs, "our float32": lambda: (wide()[0], None, None)})
+
+
+def train(folder, args):
+    ours = "from train_gpt2 import GPT", "GPT.from_pretrained(folder).train()", "model(idx[:, :-1])"
+    theirs = ("from transformers import GPT2LMHeadModel as M", "M.from_pretrained(folder).eval()",
+              "model(idx[:, :-1]).logits")
+
+    def step(snippets, autocast, root=ROOT):
+        def run():
+            _, mib, stdout = cold("-c", TRAIN.format(*snippets), folder, args.device, autocast, cwd=root)
+            seconds, losses = json.loads(stdout)
+            return seconds, mib, losses
+        return run
+
+    for autocast in False, True:
+        what = "autocast to bfloat16" if autocast else "float32"
+        yield from compare(f"a step of AdamW, 124M, 4 × 128 tokens, {what}", "s", args.rounds, {
+            "ours": step(ours, autocast),
+            "transformers": step(theirs, autocast),
+            **({"older version": step(ours, autocast, args.older)} if args.older else {}),
+        })
 
 
 def machine(device):
@@ -246,15 +309,15 @@ def machine(device):
 
 
 def main():
-    parts = {part.__name__: part for part in (job, load, narrow, full, bfloat16)}
+    parts = {part.__name__: part for part in (job, load, narrow, full, bfloat16, train)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu or cuda; auto is cuda, else cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how many are counted")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts, metavar="PART", help=", ".join(parts))
+    parser.add_argument("--older", type=Path, metavar="FOLDER", help="another version's folder, to measure it too")
     args = parser.parse_args()
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -265,10 +328,10 @@ def main():
             else:
                 save_vocabulary(folder)
             for name in args.only:
-                rows.extend(parts[name](folder, device, args.rounds))
+                rows.extend(parts[name](folder, args))
     finally:  # what an interrupted benchmark has measured is shown too
         head = "what", "ours (median)", "peer (median)", "ratio (median)", "spread (min–max)", "words"
-        print(machine(device), f"Rounds: {args.rounds}, in turns, after one to warm up.\n")
+        print(machine(args.device), f"Rounds: {args.rounds}, in turns, after one to warm up.\n")
         for row in (head, ["---"] * len(head), *rows):
             print(f"| {' | '.join(row)} |")
 
