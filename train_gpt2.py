@@ -1,129 +1,173 @@
-"""GPT-2 in one file: the model, the sampling of text, loading and saving Hugging Face's files.
+"""GPT-2 in one file: the model, sampling, and reading and writing Hugging Face checkpoints.
 
 The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The
-file has the name of the one in Karpathy's lecture "Let's reproduce GPT-2", but no training loop: a
-loop depends on your text, schedule and machines. The README has a short one to copy.
+file is named after the one in Karpathy's lecture "Let's reproduce GPT-2 (124M)", but it has no
+training loop, because a loop depends on your text and your machines. The README has one to copy.
 
-Shapes, in comments:
-    B   rows of the batch
-    T   tokens of a row in this call of the model
-    S   tokens of a row that are attended to: these T and the cached ones before them (KVCache)
-    C   channels, the width of the model (n_embd)
-    nh  attention heads (n_head)
-    hs  the width of one head, C / nh
-    V   tokens in the vocabulary (vocab_size)
+Shapes in comments:
+    B   batch: the number of rows
+    T   time: the number of tokens in each row of this call
+    S   the number of tokens that can be attended to: these T and the cached ones before them
+    C   channels: the width of the model (n_embd)
+    nh  the number of attention heads (n_head)
+    hs  head size: the width of one head, C / nh
+    V   the number of tokens in the vocabulary (vocab_size)
 
-With the same weights, logits, gradients and sampled tokens equal those of transformers'
-GPT2LMHeadModel to the last bit: in eval mode, on the same device, with the same torch and the
-default attention ("sdpa"). How a sum of floats rounds depends on the order of its parts, and even
-on how a tensor lies in memory, so both are as in transformers. A line that is odd for that reason
-alone has a comment that begins with BITS. On a first reading, skip these, and the check_ functions.
+Given the same weights, logits, gradients and sampled tokens are bit-identical to those of
+transformers' GPT2LMHeadModel in eval mode. Two tags mark odd-looking code to skip on a first
+reading:
+    BITS  rounds like transformers. A sum of floats rounds differently if the order of its terms
+          changes, or even if the tensors are laid out differently in memory.
+    FAST  only makes startup faster.
 """
 import argparse
 import gc
 import json
 import math
 import os
-import shutil
+import pickle
 import sys
 import tempfile
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import safetensors.torch
-import tiktoken
 import torch
-from tiktoken_ext.openai_public import r50k_pat_str
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
 
+
+class InputError(ValueError):
+    """A bad argument or checkpoint. The command line prints it, and OSError, in one line. Other
+    exceptions are bugs and keep their traceback."""
+
+
 # --------------------------------------------------------------------------------------------------
-# The model
+# Model
 
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT-2 and its special tokens, by default those of `gpt2`, 124M parameters.
+    """The sizes and settings of a GPT-2. The defaults are those of `gpt2`, with 124M parameters.
 
-    ValueError if one of them is impossible.
+    Raises InputError if one of them is impossible.
     """
-    block_size: int = 1024  # the context: how many tokens the model can look at
+    block_size: int = 1024  # the most tokens that a text can have
     vocab_size: int = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
-    n_layer: int = 12  # blocks
+    n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    # The rest is for checkpoints that differ from gpt2, and is named as in config.json.
     n_inner: int | None = None  # the width inside the MLP; None: 4 * n_embd
+    activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
-    # GPT-2 has one special token, <|endoftext|>, which stands before, between and after texts.
-    bos_token_id: int | None = 50256  # an empty prompt starts from it
-    eos_token_id: int | list | None = 50256  # ends a text: one id, a list of them, or None
-    pad_token_id: int | None = None  # fills up a row that has ended; None: the first eos does
+    scale_attn_weights: bool = True  # divide attention scores by sqrt(hs)
+    scale_attn_by_inverse_layer_idx: bool = False  # and by the number of the layer, from 1
+    tie_word_embeddings: bool = True  # lm_head and the token embedding share a weight
+    bos_token_id: int | None = 50256  # used as the prompt if that is empty
+    eos_token_id: int | list | None = 50256  # ends a text: an id, a list of ids, or None
+    pad_token_id: int | None = None  # fills up rows that have ended; None: the first eos id
 
-    def __post_init__(self):  # the dataclass calls it when the fields are set
-        check_config(self)
+    def __post_init__(self):
+        sizes = ["block_size", "vocab_size", "n_layer", "n_head", "n_embd"]
+        for name in sizes if self.n_inner is None else [*sizes, "n_inner"]:
+            size = getattr(self, name)
+            if type(size) is not int or not 0 < size < 2**28:
+                raise InputError(f"{name} must be an integer from 1 to 2**28 - 1, not {size!r}")
+        if self.n_embd % self.n_head != 0:
+            raise InputError(f"n_embd, {self.n_embd}, must be a multiple of n_head, {self.n_head}")
+        if self.activation_function not in list(ACTIVATIONS):
+            raise InputError(f"activation_function must be one of {', '.join(ACTIVATIONS)}, not "
+                             f"{self.activation_function!r}")
+        if type(self.layer_norm_epsilon) is not float or not 0 < self.layer_norm_epsilon < 1:
+            raise InputError(f"layer_norm_epsilon can't be {self.layer_norm_epsilon!r}")
+        others = [id for id in (self.bos_token_id, self.pad_token_id) if id is not None]
+        for id in self.eos_token_ids + others:
+            if type(id) is not int or not 0 <= id < 2**63:
+                raise InputError(f"bos_token_id, eos_token_id or pad_token_id can't be {id!r}")
 
     @property
-    def end_ids(self):
-        """The ids that end a text, as a list."""
+    def eos_token_ids(self):
+        """The ids that end a text, as a list. It is empty if texts never end."""
         if self.eos_token_id is None:
             return []
         return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
 
-class Conv1D(nn.Module):
-    """x @ weight + bias: (..., n_in) → (..., n_out).
+SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
 
-    A linear layer whose weight is (n_in, n_out), as all checkpoints of GPT-2 store it. (nn.Linear's
-    is (n_out, n_in), so the lecture transposes them.) OpenAI wrote it as a convolution of width 1.
+
+class Conv1D(nn.Module):
+    """A linear layer, x @ weight + bias: (..., n_in) → (..., n_out).
+
+    Its weight is (n_in, n_out), as GPT-2 checkpoints store it. nn.Linear's is (n_out, n_in), which
+    is why the lecture transposes on loading. OpenAI's code called this a convolution of width 1.
     """
 
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # filled by GPT or a checkpoint
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # uninitialized; GPT fills it
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x):
-        # x @ weight + bias. BITS: as one addmm, with all but the last dimension flattened into one.
+        # BITS: a single addmm, with all dimensions but the last flattened into one
         y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
         return y.view(*x.shape[:-1], -1)
 
 
 class KVCache:
-    """The keys and values that one block's attention has computed in one call of generate().
+    """The keys and values that one attention layer has computed so far in a call of generate().
 
-    The lecture runs the model on the whole text again for each new token. But a token sees only
-    itself and the tokens before it, so its key and value never change. With these kept, the model
-    runs on the newest token alone: its query meets the keys and values of all. (Queries need no
-    cache, as each is used once.)
+    The lecture runs the model on the whole text again for each new token. But a token attends only
+    to itself and to the tokens before it, so its key and value never change. With those cached, the
+    model runs on the new token alone, and its query attends to all keys and values so far.
     """
 
     def __init__(self, shape, like):
-        self.k = like.new_empty(shape)  # (B, nh, max_length, hs), of the dtype and device of `like`
+        self.k = like.new_empty(shape)  # (B, nh, max_length, hs), with the dtype and device of like
         self.v = like.new_empty(shape)
-        self.length = 0  # how many tokens are in it
+        self.length = 0  # the number of tokens in it
 
     def append(self, k, v):
-        """Add the keys and values of T tokens, (B, nh, T, hs); returns those of all S so far."""
+        """Add the keys and values of T tokens, (B, nh, T, hs); return those of all S tokens."""
         start, end = self.length, self.length + k.shape[2]
+        assert start == 0 or end == start + 1, "the cache takes a prompt, then one token at a time"
+        assert end <= self.k.shape[2], "the cache is full"
         self.k[:, :, start:end] = k
         self.v[:, :, start:end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]  # (B, nh, S, hs)
 
 
+def attend(q, k, v, scale):
+    """softmax(q @ k.T * scale + mask) @ v for each head: q (B, nh, T, hs), k and v (B, nh, S, hs)
+    → (B, nh, T, hs). The mask is 0 for tokens that may be attended to, and -inf for later ones.
+    A single token needs no mask, since none is later; if T > 1, the cache was empty and S is T."""
+    # BITS: transformers attends to contiguous copies of k and v, and their strides and alignment
+    # can change the rounding. In a KVCache (stride hs), rows of whole 32-byte blocks needn't move.
+    hs = k.shape[3]
+    if k.stride(2) != hs or hs * k.element_size() % 32 != 0:
+        k = k.clone(memory_format=torch.contiguous_format)
+        v = v.clone(memory_format=torch.contiguous_format)
+    is_causal = True if q.shape[2] > 1 else False  # noqa: SIM210 - compiled, > gives no real bool
+    # BITS: the default scale, 1 / sqrt(hs), can differ from hs**-0.5 in the last bit.
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
+
+
 class CausalSelfAttention(nn.Module):
-    """Each token gathers from itself and from the tokens before it: (B, T, C) → (B, T, C).
+    """Each token attends to itself and to the tokens before it: (B, T, C) → (B, T, C)."""
 
-    Each head computes softmax(q @ k.T / sqrt(hs) + mask) @ v. The mask is 0 where a token may look,
-    and minus infinity at the tokens after it, so that their part in the softmax is 0.
-    """
-
-    def __init__(self, config):
+    def __init__(self, config, layer=1):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -134,53 +178,48 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
-        # BITS: transformers attends to contiguous copies of k and v, and how rows are aligned in
-        # memory can change the rounding. In the cache, rows of whole 32 bytes are aligned as well.
-        if cache is None or hs * k.element_size() % 32:
-            k = k.clone(memory_format=torch.contiguous_format)
-            v = v.clone(memory_format=torch.contiguous_format)
-        # The mask is for a prompt, which comes while the cache is empty: S is T. One new token
-        # needs none: it is the last, and may look at all that the cache holds.
-        is_causal = True if T > 1 else False  # noqa: SIM210 - in torch.compile T > 1 is no bool
-        # BITS: the scale is given, as the default, 1 / sqrt(hs), can differ in the last bit.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=hs**-0.5)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) → the heads side by side
+        y = attend(q, k, v, self.scale)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.c_proj(y)
 
 
-def gelu(x):
-    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), of Hendrycks & Gimpel 2016; any shape.
+def gelu_new(x):
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), from Hendrycks & Gimpel 2016; any shape.
 
-    BITS: the lecture's nn.GELU(approximate="tanh") is the same formula, but rounds at other points.
-    And `half` comes first: x is used three times, and autograd adds up its three gradients in the
-    order of these lines, backwards.
+    BITS: nn.GELU(approximate="tanh") is the same formula but rounds differently. `half` comes first
+    because autograd adds up the three gradients of x in the reverse order of these lines.
     """
     half = 0.5 * x
     inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
     return half * (1.0 + torch.tanh(inner))
 
 
+ACTIVATIONS = {
+    "gelu_new": gelu_new, "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
 class MLP(nn.Module):
-    """Each token by itself, through a wider layer: (B, T, C) → (B, T, C)."""
+    """Each token goes through a wider layer by itself: (B, T, C) → (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Conv1D(config.n_embd, n_inner)
+        self.act = ACTIVATIONS[config.activation_function]
         self.c_proj = Conv1D(n_inner, config.n_embd)
 
     def forward(self, x):
-        x = gelu(self.c_fc(x))  # (B, T, n_inner)
+        x = self.act(self.c_fc(x))  # (B, T, n_inner)
         return self.c_proj(x)
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads x normalised, and adds to it: (B, T, C) → (B, T, C)."""
+    """Attention, then the MLP. Each reads a normalized x and adds to x: (B, T, C) → (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=1):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
@@ -191,119 +230,165 @@ class Block(nn.Module):
 
 
 def embedding(rows, width):
-    """nn.Embedding(rows, width) with no numbers in it yet: GPT draws them, or a checkpoint has
-    them. The usual constructor draws some at once, and a start would take 1 to 2 s longer."""
+    """An uninitialized nn.Embedding. FAST: to initialize it on meta would import torch._dynamo."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class GPT(nn.Module):
-    """GPT-2 with its language modelling head; names and shapes of the parameters are those of
-    transformers' GPT2LMHeadModel. GPT(config) has random weights, drawn as GPT-2's once were."""
+    """GPT-2 with its language modeling head. GPT(config) has random weights, as GPT-2 started.
+
+    Names and shapes of the parameters match those of transformers' GPT2LMHeadModel. There is no
+    dropout, and the loss is up to you: see the README.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.vocabulary = {}  # {name: bytes}: the checkpoint's vocabulary files, to save them again
+        V, C = config.vocab_size, config.n_embd
         self.transformer = nn.ModuleDict({
-            "wte": embedding(config.vocab_size, config.n_embd),  # token embedding
-            "wpe": embedding(config.block_size, config.n_embd),  # position embedding
-            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
+            "wte": embedding(V, C),  # token embedding
+            "wpe": embedding(config.block_size, C),  # position embedding
+            "h": nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layer + 1)),
+            "ln_f": nn.LayerNorm(C, eps=config.layer_norm_epsilon),
         })
-        # The token embedding is the head's weight too. The head's own is dropped at once, so it is
-        # made on "meta", as a shape without memory.
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
-        self.lm_head.weight = self.transformer.wte.weight
+        self.lm_head = nn.Linear(C, V, bias=False, device="meta")  # FAST: a shape without memory
+        self.lm_head.weight = (self.transformer.wte.weight if config.tie_word_embeddings
+                               else nn.Parameter(torch.empty(V, C)))
         for name, p in self.named_parameters():
-            if p.ndim == 2 and not p.is_meta:  # biases are 0 already, and LayerNorm's weights 1
+            # FAST: not on meta. Biases are 0 already, and the weights of LayerNorm are 1.
+            if p.ndim == 2 and not p.is_meta:
                 std = 0.02
                 if name.endswith("c_proj.weight"):
-                    # x is a sum of the outputs of 2 * n_layer such layers. They start smaller, so
-                    # that x does not grow with their number (section 2.3 of the paper).
+                    # 2 * n_layer of these layers add to x. They start smaller, so that x doesn't
+                    # grow with the depth (section 2.3 of the paper).
                     std /= math.sqrt(2 * config.n_layer)
                 nn.init.normal_(p, std=std)
 
-    def forward(self, idx, caches=None):
-        """idx (B, T) int64 → logits (B, T, V) in the weights' dtype. ValueError if idx has another
-        shape or dtype, or more than block_size tokens.
+    def forward(self, idx, *, caches=None):
+        """idx (B, T) int64 → logits (B, T, V) in the dtype of the weights.
 
-        generate() gives `caches` too, one for each block: with them, first the prompt and then each
-        new token alone; it gets the logits of the last token only, (B, 1, V).
+        generate() passes `caches`, one KVCache per block, first with the prompt and then with each
+        new token, and gets the logits of the last token only, (B, 1, V). Raises InputError if idx
+        has another shape or dtype, or more than block_size tokens.
         """
-        check_idx(idx, self.config.block_size)
-        h = self.transformer.h
+        if caches is None:  # generate() has already checked
+            check_idx(idx, self.config.block_size)
         start = caches[0].length if caches else 0  # the position of the first token of idx
         positions = torch.arange(start, start + idx.shape[1], device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        for block, cache in zip(h, caches or [None] * len(h)):
-            x = block(x, cache)
+        for block, cache in zip(self.transformer.h, caches or [None] * len(self.transformer.h)):
+            x = block(x, cache)  # (B, T, C)
         x = self.transformer.ln_f(x)
         if caches:
-            x = x[:, -1:]  # the last token predicts the next, and the head is the widest product
+            x = x[:, -1:]  # the last token predicts the next one, and lm_head is the widest layer
         return self.lm_head(x)
 
     def generate(self, idx, max_length, temperature=1.0, top_k=50):
         """Continue each row of idx (B, T) int64: (B, at most max_length) int64, prompt included.
 
-        Draws from torch's global random numbers. temperature=0 takes the likeliest token instead,
-        top_k=0 draws from all V. After an eos token, the rest of a row is pad_token_id; when all
-        rows have one, generation ends. ValueError if an argument is impossible.
+        Samples from the top_k likeliest tokens with torch's global generator; top_k=0 samples from
+        all tokens, temperature=0 takes the likeliest. After an eos token, a row is filled up with
+        pad_token_id; once all rows have one, generation stops. The rows of idx must not be padded
+        to one length, since padding would be read as text. Raises InputError.
         """
-        check_generate(self.config, idx, max_length, temperature, top_k)
+        config = self.config
+        check_generate(config, idx, max_length, temperature, top_k)
         B, T = idx.shape
-        config, weight = self.config, self.lm_head.weight
         shape = (B, config.n_head, max_length, config.n_embd // config.n_head)
-        ends = torch.tensor(config.end_ids, dtype=torch.int64, device=idx.device)
+        fills = [config.pad_token_id, *config.eos_token_ids, 0]  # 0: without eos, no row ever ends
+        fill = next(id for id in fills if id is not None)
+        eos = torch.tensor(config.eos_token_ids, dtype=torch.int64, device=idx.device)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        fill = config.pad_token_id
-        if fill is None:
-            fill = [*config.end_ids, 0][0]  # without end ids no row ends, and the 0 is not used
         with torch.inference_mode():  # no_grad, and a little faster
-            caches = [KVCache(shape, like=weight) for _ in self.transformer.h]
-            new = idx  # what is not in the caches yet
+            caches = [KVCache(shape, like=self.lm_head.weight) for _ in self.transformer.h]
+            new = idx  # the tokens that aren't in the caches yet
             for _ in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):
-                logits = self(new, caches)[:, -1]  # (B, V)
-                new = sample(logits.float(), temperature, top_k)  # (B, 1)
-                # A row that has ended goes on unseen: it changes no other, and `fill` is shown.
+                logits = self(new, caches=caches)[:, -1].float()  # (B, V)
+                new, finite = sample(logits, temperature, top_k)  # (B, 1), ()
+                # The model still gets the tokens of rows that have ended; nobody else does.
                 idx = torch.cat((idx, new.masked_fill(ended, fill)), dim=1)
-                ended = ended | (new == ends).any(dim=1, keepdim=True)  # is it one of the end ids?
-                if ended.all():
+                ended = ended | (new == eos).any(dim=1, keepdim=True)
+                # Checking a tensor means waiting for the GPU, so check once per token.
+                if ended.all() | ~finite:
+                    if not finite:
+                        raise InputError("the logits are NaN or infinite: the weights are bad, or "
+                                         "float16 overflowed (use float32 or bfloat16)")
                     break
-        return idx.clone()  # a tensor made in inference mode cannot be trained on
+        return idx.clone()  # autograd can't use a tensor made in inference mode
 
     @classmethod
     def from_pretrained(cls, name):
-        """The model of a folder, or of that name on the Hugging Face Hub (`gpt2`), in eval mode.
+        """Load the model in the folder `name`, or of that name on the Hugging Face Hub (`gpt2`).
 
-        Its dtype is the one that transformers gives it: config.json's, else that of the weights.
-        Weights of that dtype are memory-mapped: read from their file when first used, not copied.
-        Training them leaves the file as it is. ValueError if a file is broken or no GPT-2's,
-        OSError if one cannot be found, read or downloaded.
+        The model is in eval mode, in the dtype that transformers would pick. Where possible, it is
+        memory-mapped: weights are read on first use, not copied. Training doesn't change the file.
+        Raises InputError if the checkpoint is damaged or isn't a GPT-2, OSError if a file can't be
+        found, read or downloaded.
         """
         folder = find_folder(name)
-        config = read_config(folder)
-        weights = read_weights(folder, config)
+        config, weights = read_config(folder), read_weights(folder)
+        # Of a tied pair, the file may hold either. If it holds two that differ, they aren't tied.
+        wte = weights.get("transformer.wte.weight", weights.get("lm_head.weight"))
+        head = weights.get("lm_head.weight", wte)
+        if config.tie_word_embeddings and wte is not None:
+            weights |= {"transformer.wte.weight": wte, "lm_head.weight": head}
+            config.tie_word_embeddings = head is wte or torch.equal(head, wte)
+        if config.n_layer > len(weights):  # before a million blocks are built
+            raise InputError(f"{folder} has too few tensors for the n_layer of its config.json")
+        with torch.device("meta"):  # FAST: shapes without memory, until the weights are assigned
+            model = cls(config)
         try:
-            with torch.device("meta"):  # shapes without memory
-                model = cls(config)
-            model.transformer.load_state_dict(weights, assign=True)  # the weights take their place
-        except (RuntimeError, TypeError) as error:  # names or shapes differ; sizes beyond 64 bits
-            raise ValueError(f"the weights in {folder} (model.safetensors) do not fit its "
-                             f"config.json: {error!s:.400}") from None
-        model.lm_head.weight = model.transformer.wte.weight  # again, as wte's is another now
-        model.vocabulary = read_vocabulary(folder)
+            missing, ignored = model.load_state_dict(weights, strict=False, assign=True)
+        except RuntimeError as error:  # shapes differ
+            raise InputError(f"the weights in {folder} don't fit its config.json: "
+                             f"{error!s:.400}") from None
+        if missing:
+            raise InputError(f"the model has parameters that the weights in {folder} lack: "
+                             f"{', '.join(missing[:5])}")
+        if ignored:
+            print(f"{folder}: ignoring {', '.join(ignored[:5])}", file=sys.stderr)
+        if config.tie_word_embeddings:  # again, because each name got a parameter of its own
+            model.lm_head.weight = model.transformer.wte.weight
         return model.eval()
 
-    def save_pretrained(self, folder):
-        """Write a folder that from_pretrained, --model, transformers and the Hub take as it is: the
-        weights, config.json, and the vocabulary of the checkpoint that the model came from, if any.
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write a folder for from_pretrained, --model, transformers and the Hub: config.json,
+        model.safetensors and, given a tokenizers.Tokenizer, its files.
 
-        Each file is first written elsewhere in the folder, then moved to its place in one step. So
-        a crash leaves no file half-written, and a file that this model is mapped from is not
-        written over. OSError if the folder cannot be written, ValueError if the head has come to
-        have a weight of its own.
+        Each file is written to a temporary folder and then moved into place. So a crash leaves no
+        half-written file, and a file that a model is mapped from stays intact. Raises OSError.
         """
-        write_folder(self, Path(folder))
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        head, wte = self.lm_head.weight, self.transformer.wte.weight
+        tied = head is wte or self.config.tie_word_embeddings and torch.equal(head, wte)
+        if tied:
+            del weights["lm_head.weight"]
+        config = asdict(self.config) | {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+            "n_positions": self.config.block_size, "tie_word_embeddings": tied,
+            "dtype": str(wte.dtype).removeprefix("torch.")}
+        ids = {name: config[name] for name in SPECIAL_IDS}
+        files = {"config.json": config, "generation_config.json": ids}
+        stale = []  # what an older tokenizer has left, and would be read with the new one
+        if tokenizer is not None:
+            files["tokenizer.json"] = json.loads(tokenizer.to_str())
+            files["tokenizer_config.json"] = tokenizer_config(tokenizer, self.config)
+            stale = ["special_tokens_map.json", "added_tokens.json"]
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Inside the folder, so on the same disk, where moving a file is a single step
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+            for name, content in files.items():
+                Path(temporary, name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            try:
+                safetensors.torch.save_file(
+                    weights, Path(temporary, "model.safetensors"), metadata={"format": "pt"})
+            except safetensors.SafetensorError as error:
+                raise OSError(f"could not write to {folder}: {error}") from None
+            for name in [*files, "model.safetensors"]:
+                Path(temporary, name).replace(folder / name)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -311,456 +396,352 @@ class GPT(nn.Module):
 
 
 def sample(logits, temperature, top_k):
-    """The next token of each row, drawn as transformers draws it: (B, V) float32 → (B, 1) int64.
+    """The next token of each row, sampled as in transformers: logits (B, V) float32 → (B, 1) int64;
+    and () bool, False if NaN or infinite logits make the tokens meaningless.
 
-    The lecture draws among the k likeliest, with as many random numbers. Here all V tokens get one,
-    and the others have probability 0. So with the lecture's seed it says other words, as likely.
-    ValueError if the logits, or what temperature makes of them, are not finite.
+    The lecture samples from the k likeliest only. Here the others stay in, with probability 0, so
+    the same seed gives different tokens, from the same distribution.
     """
-    if temperature:
-        logits = logits / temperature
-    if not logits.amax(dim=-1).isfinite().all():  # or on a GPU, multinomial ends the process
-        raise ValueError(f"the logits overflow at temperature {temperature}: use a higher "
-                         "temperature, or float32")
+    logits = logits / (temperature or 1.0)
+    finite = (logits.amax(dim=-1).abs() < math.inf).all()  # NaN isn't less than anything
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+        return logits.argmax(dim=-1, keepdim=True), finite
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # the k-th largest: (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = torch.softmax(logits, dim=-1)  # (B, V)
-    return torch.multinomial(probs, num_samples=1)
-
-
-# A check_ function returns nothing. It raises ValueError if its arguments cannot work.
-
-
-def check_config(config):
-    for name, value in vars(config).items():
-        if name == "layer_norm_epsilon":
-            good = type(value) is float and 0 < value < 1
-        elif name.endswith("_id"):
-            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
-            good = value is None or all(type(id) is int and 0 <= id < 2**63 for id in ids)
-        elif name == "n_inner" and value is None:
-            good = True
-        else:
-            good = type(value) is int and 0 < value < 2**63
-        if not good:
-            raise ValueError(f"{name} cannot be {value!r}")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd, {config.n_embd}, must be a multiple of n_head, {config.n_head}")
+    probs = probs.nan_to_num(1.0)  # on a GPU, NaN in multinomial would end the process
+    return torch.multinomial(probs, num_samples=1), finite
 
 
 def check_idx(idx, block_size):
     if not isinstance(idx, torch.Tensor) or idx.dtype != torch.int64:
-        raise ValueError(f"idx must be an int64 tensor, not {getattr(idx, 'dtype', type(idx))}")
+        raise InputError(f"idx must be an int64 tensor, not {getattr(idx, 'dtype', type(idx))}")
     if idx.ndim != 2 or idx.numel() == 0:
-        raise ValueError(f"idx must be (B, T), B and T at least 1, not {tuple(idx.shape)}")
+        raise InputError(f"idx must be (B, T) with B and T at least 1, not {tuple(idx.shape)}")
     if idx.shape[1] > block_size:
-        raise ValueError(f"the prompt (idx) has {idx.shape[1]} tokens, and block_size, the most "
-                         f"that the model can look at, is {block_size}")
-
-
-def check_sampling(temperature, top_k):
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite, and at least 0, not {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0, not {top_k}")
+        raise InputError(f"the prompt (idx) has {idx.shape[1]} tokens, more than the model's "
+                         f"block_size, {block_size}")
 
 
 def check_generate(config, idx, max_length, temperature, top_k):
-    check_sampling(temperature, top_k)
     check_idx(idx, config.block_size)
     if not idx.shape[1] < max_length <= config.block_size:
-        raise ValueError(f"max_length must be over the prompt's {idx.shape[1]} tokens and at most "
-                         f"the model's block_size, {config.block_size}, not {max_length}")
-    # On a GPU, an id that the model does not have ends the whole process. But to look at the ids
-    # is to wait for the GPU, so forward() does not: this is once, before the first of many steps.
-    if idx.min() < 0 or idx.max() >= config.vocab_size:
-        raise ValueError("the prompt (idx) holds an id that is no token of the model: these are "
-                         f"0 to {config.vocab_size - 1}")
+        raise InputError(f"max_length must be more than the prompt's {idx.shape[1]} tokens, and at "
+                         f"most the model's block_size, {config.block_size}, not {max_length}")
+    if temperature != 0 and not 1e-30 < temperature < math.inf:  # below, the logits overflow
+        raise InputError(f"temperature must be 0, or positive and finite, not {temperature}")
+    if top_k < 0:
+        raise InputError(f"top_k must be at least 0, not {top_k}")
+    # On a GPU, an out-of-range id trips a CUDA assert, which can't be recovered from.
+    for id in torch.stack(idx.aminmax()).tolist():
+        if not 0 <= id < config.vocab_size:
+            raise InputError(f"the prompt (idx) has the id {id}, but the model's ids are 0 to "
+                             f"{config.vocab_size - 1}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: where they are, the config, the weights, the vocabulary, saving
-
-CONFIG_FILES = ["config.json", "generation_config.json"]
-WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-VOCABULARY_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-OLD_VOCABULARY_FILES = ["vocab.json", "merges.txt", "added_tokens.json"]  # before tokenizer.json
-
-EOT = "<|endoftext|>"  # GPT-2's special token
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64,
-          "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# The settings of config.json that change the arithmetic, each with the one value supported here.
-SUPPORTED_MODEL = {
-    "model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
-    "add_cross_attention": False, "tie_word_embeddings": True}
+# Checkpoints: the folder, and the config, the weights and the tokenizer in it
 
 
 def find_folder(name, weights=True):
-    """The Path of the folder `name`, or of the Hub's model of that name: cached, else downloaded.
+    """The Path of the folder `name`, or else of the Hub's model of that name, downloaded."""
+    return Path(name) if Path(name).is_dir() else download(name, weights)
 
-    What is not read here is not downloaded. OSError if the model, or its weights, cannot be found.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        # Imported here, as it takes a while, and a folder need not wait for it.
-        from huggingface_hub import snapshot_download
-        files = CONFIG_FILES + VOCABULARY_FILES + (WEIGHT_FILES if weights else [])
-        try:
-            folder = Path(snapshot_download(str(name), allow_patterns=files))
-            if not (folder / "tokenizer.json").exists():
-                snapshot_download(str(name), allow_patterns=OLD_VOCABULARY_FILES)
-        except Exception as error:
-            raise OSError(f"{name} is no folder here, and not to be had from the cache or the "
-                          "Hugging Face Hub: check the name and the network, or name a folder that "
-                          f"has config.json and model.safetensors ({error})") from error
-    if weights and not any((folder / file).is_file() for file in WEIGHT_FILES[:2]):
-        convert = ("from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [X."
-                   f"from_pretrained({str(name)!r}).save_pretrained('converted') for X in (M, T)]")
-        raise FileNotFoundError(f"{folder} has no model.safetensors; a pytorch_model.bin can be "
-                                f"converted, with the vocabulary: python -c \"{convert}\"")
+
+def download(name, weights=True):
+    """Download those files of a Hub model that are read here; return the Path of its folder."""
+    from huggingface_hub import snapshot_download  # FAST: rarely needed
+    files = ["config.json", "generation_config.json",
+             "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    if weights:
+        files += ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+    fallback = []  # read only where one of the above is missing
+    try:
+        folder = Path(snapshot_download(str(name), allow_patterns=files))
+        if weights and not any(folder.glob("model*.safetensors")):
+            fallback += ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+        if not (folder / "tokenizer.json").exists():
+            fallback += ["vocab.json", "merges.txt", "added_tokens.json"]
+        if fallback:  # of the same revision, which the folder is named after
+            snapshot_download(str(name), revision=folder.name, allow_patterns=fallback)
+    except Exception as error:  # noqa: BLE001 - huggingface_hub's and its HTTP library's
+        raise OSError(f"{name} was not found locally, and could not be downloaded from the Hugging "
+                      "Face Hub: check the name and the network, or name a folder that holds "
+                      f"config.json and weights ({error})") from None
     return folder
 
 
-def read_json(path):
-    """The dict in a JSON file. ValueError if it is broken, OSError if it cannot be read."""
+def damaged(path, why):
+    """The InputError for a file that can't be read."""
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return InputError(f"{path} is only a git-lfs pointer: run `git lfs pull` in its folder")
+    return InputError(f"{path} is damaged or incomplete ({why!s:.200}): download it again")
+
+
+def read_json(path, default=None):
+    """The dict in a JSON file, or the default, if one is given and the file doesn't exist."""
+    if default is not None and not path.exists():
+        return default
     try:
         raw = json.loads(path.read_bytes())
-        if not isinstance(raw, dict):
-            raise TypeError("it is no JSON object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is broken or cut short ({error}); fetch it again") from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from None
+    if not isinstance(raw, dict):
+        raise damaged(path, "not a JSON object")
     return raw
 
 
 def read_config(folder):
-    """The GPTConfig of a folder. What config.json does not say is gpt2's, as in transformers. And
-    as in its generate(), the special ids are those of generation_config.json, if there is one.
-
-    ValueError if it is no GPT-2 as supported here, OSError if it cannot be read.
-    """
+    """The GPTConfig of a folder. As in transformers, missing keys take gpt2's values, and the
+    special ids come from generation_config.json alone if there is one."""
     raw = read_json(folder / "config.json")
-    for key, supported in SUPPORTED_MODEL.items():
+    for key, supported in [("model_type", "gpt2"), ("add_cross_attention", False)]:
         if raw.get(key, supported) != supported:
-            raise ValueError(f"config.json in {folder} says that {key} is {raw[key]!r}, and only "
-                             f"{supported!r} is supported here")
-    raw["block_size"] = raw.get("n_positions", GPTConfig.block_size)
+            raise InputError(f"config.json in {folder}: {key} is {raw[key]!r}, but only "
+                             f"{supported!r} is supported")
+    # transformers calls block_size n_positions, and also reads sizes by these other names.
+    for name, other in [("block_size", "n_positions"), ("block_size", "max_position_embeddings"),
+                        ("n_embd", "hidden_size"), ("n_layer", "num_hidden_layers"),
+                        ("n_head", "num_attention_heads")]:
+        if other in raw:
+            raw[name] = raw[other]
     if (folder / "generation_config.json").exists():
-        said = read_json(folder / "generation_config.json")
-        raw |= {key: said.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = read_json(folder / "generation_config.json")
+        raw |= {name: ids.get(name) for name in SPECIAL_IDS}
+    known = {field.name for field in fields(GPTConfig)} & raw.keys()
     try:
-        return GPTConfig(**{key: raw[key] for key in vars(GPTConfig()) if key in raw})
-    except ValueError as error:
-        raise ValueError(f"config.json (or generation_config.json) in {folder}: {error}") from None
+        return GPTConfig(**{name: raw[name] for name in known})
+    except InputError as error:
+        raise InputError(f"config.json (or generation_config.json) in {folder}: {error}") from None
 
 
-def read_weights(folder, config):
-    """{name in GPT.transformer: tensor} of a folder, in the dtype that transformers gives a model.
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
 
-    The Hub's gpt2 has these names. Others have `transformer.` before them, and lm_head.weight too,
-    which is wte.weight once more. The causal masks that are in older files are no parameters.
-    ValueError if the weights are broken or do not fit the config, OSError if they cannot be read.
-    """
+
+def read_weights(folder):
+    """{name in GPT's state_dict: tensor} of a folder, in the dtype that transformers would use:
+    config.json's, or else that of the first tensor."""
     tensors, raw = read_tensors(folder), read_json(folder / "config.json")
-    floats = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
-    stored = floats[0] if floats else torch.float32
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or stored  # torch_dtype: in older files
+    stored = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or (stored[0] if stored else None)
     dtype = str(dtype).removeprefix("torch.")
     weights = {}
     for name, tensor in tensors.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks in older files
             continue
-        if dtype not in DTYPES or tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{name} of model.safetensors in {folder} is {tensor.dtype}, to be "
-                             f"used as {dtype}; supported here are {', '.join(DTYPES)}")
-        # Windows cannot replace a file that is mapped, and saving may have to: so copy there.
-        tensor = tensor.to(DTYPES[dtype], copy=sys.platform == "win32")
-        weights[name.removeprefix("transformer.")] = tensor
-    head = weights.pop("lm_head.weight", None)
-    if head is not None:  # the one tensor may be stored by either name, or by both
-        wte = weights.setdefault("wte.weight", head)
-        if not torch.equal(wte, head):
-            raise ValueError(f"model.safetensors in {folder} has an lm_head.weight that is not its "
-                             "wte.weight; supported here is only one tensor for both")
-    if config.n_layer > len(weights):  # now, as to build a million blocks would take minutes
-        raise ValueError(f"model.safetensors in {folder} has {len(weights)} tensors, too few for "
-                         f"the n_layer of config.json, {config.n_layer}")
+        if name.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # as in the Hub's gpt2
+            name = f"transformer.{name}"
+        if dtype not in DTYPES or str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            raise InputError(f"can't load {name} in {folder}, {tensor.dtype}, as {dtype}: only "
+                             f"{', '.join(DTYPES)} are supported")
+        # Windows can't replace a mapped file, and saving may need to, so copy there.
+        weights[name] = tensor.to(getattr(torch, dtype), copy=sys.platform == "win32")
     return weights
 
 
 def read_tensors(folder):
-    """All tensors of a folder, by name: of its model.safetensors or, if a big model is split into
-    shards, of those files that model.safetensors.index.json names for them."""
-    if (folder / "model.safetensors").is_file():
-        return read_safetensors(folder / "model.safetensors")
-    index = folder / "model.safetensors.index.json"
-    shard_of = read_json(index).get("weight_map")
-    if not shard_of or not isinstance(shard_of, dict):
-        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
-    tensors = {}
-    for shard in sorted({str(shard) for shard in shard_of.values()}):
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder} has no {shard}, which {index.name} names")
-        found = read_safetensors(folder / shard)
-        for name in found.keys() ^ {name for name in shard_of if shard_of[name] == shard}:
-            raise ValueError(f"{folder / shard} and {index.name} disagree on where {name} is")
-        tensors |= found
-    return tensors
+    """All tensors of a folder by name, from one file, or from shards that an index lists."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = read_json(index).get("weight_map")  # {tensor: file}
+            if not isinstance(shards, dict) or not shards:
+                raise damaged(index, "it has no weight_map")
+            tensors = {}
+            for shard in sorted({str(shard) for shard in shards.values()}):
+                if Path(shard).name != shard or not shard.isprintable():  # ../../elsewhere, say
+                    raise damaged(index, f"{shard} isn't the name of a file")
+                tensors |= read_file(folder / shard)
+            return tensors
+    raise FileNotFoundError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
 
-def read_safetensors(path):
-    """The tensors of one file, memory-mapped: what is not used is not read. They are sorted by
-    name, as for transformers, which may take the dtype of the first for the model's."""
+def read_file(path):
+    """The tensors of a file by name, memory-mapped unless it predates the format of torch 1.6.
+
+    A .bin file is a pickle, which could run any code. weights_only=True prevents that, but before
+    torch 2.6 there was a way around it (CVE-2025-32434).
+    """
+    if path.suffix != ".safetensors" and torch.__version__ < (2, 6):
+        raise InputError(f"reading {path} safely needs torch 2.6 or later, but this is "
+                         f"{torch.__version__}: upgrade torch, or use a model.safetensors")
     try:
-        return dict(sorted(safetensors.torch.load_file(path).items()))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is broken or cut short ({error}); fetch it again") from None
+        if path.suffix == ".safetensors":  # sorted, because the first may set the dtype
+            return dict(sorted(safetensors.torch.load_file(path).items()))
+        mmap = zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                   for name, tensor in tensors.items()):
+            raise pickle.UnpicklingError
+        return tensors
+    except pickle.UnpicklingError:  # torch's message advises to run the code
+        raise damaged(path, "it contains more than tensors; no code in it was run") from None
+    except Exception as error:  # noqa: BLE001 - a damaged file can raise almost anything
+        raise damaged(path, error) from None
 
 
 def load_tokenizer(name):
-    """The vocabulary of a folder, or of the Hub's model of that name, as a tiktoken.Encoding.
+    """The tokenizers.Tokenizer of a folder, or of a Hub model, with the special tokens that
+    transformers gives it. Use it as tokenizer.encode(text).ids and tokenizer.decode(ids).
 
-    ValueError if it is broken or of another kind than GPT-2's, OSError if it cannot be found.
+    Raises InputError if it is damaged or missing, OSError if it can't be read or downloaded.
     """
-    return read_tokenizer(find_folder(name, weights=False))[0]
-
-
-def byte_alphabet():
-    """{character: byte}. JSON holds text, not bytes, so GPT-2's files write each byte as a visible
-    character: the 188 that are one in Latin-1 as that, the other 68 as chr(256), chr(257), ... in
-    order. A space is written Ġ."""
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def read_tokenizer(folder):
-    """A folder's tiktoken.Encoding, and the ids to show as text: all but those of special tokens.
-
-    GPT-2's tokens come from byte-pair encoding. A regex, r50k_pat_str, cuts the text into pieces:
-    words, numbers, punctuation, each with the space before it, and longer white space. A piece
-    starts as its single bytes. Then, as long as two neighbours joined are a token, those two are
-    joined whose token has the lowest rank. The rank is the id: training made the tokens in turn.
-    """
+    folder = tokenizer_folder(find_folder(name, weights=False))
+    settings = read_json(folder / "tokenizer_config.json", default={})
+    if "added_tokens_decoder" not in settings:  # older folders have more files
+        settings |= read_json(folder / "special_tokens_map.json", default={})
+    added = {}  # {token: id}
     path = folder / "tokenizer.json"
     if not path.exists():
-        path = folder / "vocab.json"  # in older checkpoints: {token: id} alone
-    if not path.exists():
-        return openai_tokenizer(folder)
-    raw = read_json(path)
+        path = folder / "vocab.json"
+        settings = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT} | settings
+        added = read_json(folder / "added_tokens.json", default={})
     try:
-        if path.name == "vocab.json":  # give it the form of a tokenizer.json
-            listed = [{"content": EOT, "id": raw[EOT], "special": True}] if EOT in raw else []
-            raw = {"model": {"vocab": raw}, "added_tokens": listed,
-                   "pre_tokenizer": {"type": "ByteLevel"}}
-            if (folder / "added_tokens.json").exists():
-                raise ValueError("added_tokens.json is not supported: save it with transformers' "
-                                 "AutoTokenizer, which makes a tokenizer.json")
-        if (folder / "tokenizer_config.json").exists():
-            raw["tokenizer_config"] = read_json(folder / "tokenizer_config.json")
-        check_tokenizer(raw)
-        vocab, merges = raw["model"]["vocab"], raw["model"].get("merges")
-        # Added tokens are found in a text as a whole, before it is cut: no joining makes them. But
-        # a single byte stays, as the joining starts from it.
-        added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        special = {token["id"] for token in raw["added_tokens"] if token["special"]}
-        byte_of = byte_alphabet()
-        ranks = {bytes([byte_of[character] for character in token]): id
-                 for token, id in vocab.items() if token not in added or len(token) == 1}
-        check_vocabulary(vocab, added, ranks, merges)
-        encoding = tiktoken.Encoding(folder.name, pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                     special_tokens=added)
-        for token, id in added.items():
-            if encoding.encode(token, allowed_special="all") != [id]:
-                raise ValueError(f"{token!r} begins with another added token, which hides it")
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        why = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} is no vocabulary of GPT-2's kind: {why!s:.400}") from None
-    return encoding, {*ranks.values(), *added.values()} - special
+        if path.name == "tokenizer.json":
+            tokenizer = Tokenizer.from_file(str(path))
+        else:
+            tokenizer = Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+        specials = special_tokens(settings)
+        tokenizer.add_tokens([AddedToken(token, special=token in specials)
+                              for token in sorted(added, key=added.get)])
+        # decode() leaves out special tokens. Those that are added already keep their options.
+        known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_special_tokens([known.get(token, token) for token in specials])
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more specific
+        raise damaged(path, error) from None
+    refused = ["add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"]
+    if not isinstance(tokenizer.model, models.BPE):  # transformers ignores this one for BPE
+        refused.append("clean_up_tokenization_spaces")
+    for setting in refused:
+        if settings.get(setting):
+            raise InputError(f"tokenizer_config.json in {folder}: {setting} is not supported")
+    tokenizer.no_padding()  # it may have been saved while it padded and truncated
+    tokenizer.no_truncation()
+    return tokenizer
 
 
-def openai_tokenizer(folder):
-    """GPT-2's own vocabulary, for a folder that has none, if its config.json is GPT-2's."""
+EOT = "<|endoftext|>"  # gpt2's special token
+
+
+def tokenizer_folder(folder):
+    """The folder itself if it has a tokenizer; that of the Hub's gpt2 if its config is gpt2's."""
+    def has_one(folder):
+        files = {path.name for path in folder.iterdir()}
+        return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
+
+    if has_one(folder):
+        return folder
     config = read_config(folder)
-    if 50256 not in config.end_ids or config.vocab_size < 50257:
-        raise ValueError(f"{folder} has no vocabulary (tokenizer.json or vocab.json), and by its "
-                         "config.json it is not GPT-2's: put that of its training there")
-    print(f"{folder} has no vocabulary: taking GPT-2's own", file=sys.stderr)
-    try:
-        return tiktoken.get_encoding("gpt2"), range(50256)
-    except OSError as error:
-        raise OSError(f"{folder} has no vocabulary, and GPT-2's cannot be had: {error}") from None
+    if (50256 in config.eos_token_ids and config.vocab_size >= 50257
+            and not (folder / "tokenizer_config.json").exists()):  # which another kind would have
+        print(f"{folder} has no tokenizer: using gpt2's", file=sys.stderr)
+        gpt2 = download("gpt2", weights=False)
+        if has_one(gpt2):
+            return gpt2
+    raise InputError(f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt): "
+                     "save one with model.save_pretrained(folder, tokenizer)")
 
 
-# The settings of tokenizer.json that change how a text becomes tokens, with the values supported
-# here. A normalizer changes the text, the pre_tokenizer cuts it, the model joins bytes, and the
-# post_processor may add tokens. None: the setting is absent or null.
-SUPPORTED_TOKENIZER = {
-    "normalizer.type": [None],
-    "pre_tokenizer.type": ["ByteLevel"], "pre_tokenizer.use_regex": [True, None],
-    "pre_tokenizer.add_prefix_space": [False, None],
-    "model.type": ["BPE", None], "model.dropout": [None, 0],
-    "model.continuing_subword_prefix": ["", None], "model.end_of_word_suffix": ["", None],
-    "post_processor.type": ["ByteLevel", "TemplateProcessing", None],
-    "post_processor.single": [[{"Sequence": {"id": "A", "type_id": 0}}], None],  # adds no token
-    # These are in tokenizer_config.json.
-    "tokenizer_config.add_prefix_space": [False, None],
-    "tokenizer_config.add_bos_token": [False, None],
-    "tokenizer_config.add_eos_token": [False, None]}
+def special_tokens(settings):
+    """The special tokens that a tokenizer_config.json names, each as a string or a dict."""
+    names = ["bos", "eos", "unk", "sep", "pad", "cls", "mask"]
+    tokens = [settings.get(f"{name}_token") for name in names]
+    tokens += settings.get("additional_special_tokens") or []
+    extra = settings.get("extra_special_tokens") or []
+    tokens += extra.values() if isinstance(extra, dict) else extra
+    return [token["content"] if isinstance(token, dict) else token for token in tokens if token]
 
 
-def check_tokenizer(raw):
-    for key, supported in SUPPORTED_TOKENIZER.items():
-        part, field = key.split(".")
-        value = (raw.get(part) or {}).get(field)
-        if value not in supported:
-            raise ValueError(f"{key} is {value!r}, and only {supported[0]!r} is supported here")
-    for token in raw["added_tokens"]:
-        rules = [rule for rule in ("lstrip", "rstrip", "single_word") if token.get(rule)]
-        if rules or token["content"] == "":
-            raise ValueError(f"the added token {token['content']!r} is empty, or it has lstrip, "
-                             "rstrip or single_word, which are not supported here")
-
-
-def check_vocabulary(vocab, added, ranks, merges):
-    ids = sorted((vocab | added).values())
-    if ids != list(range(len(ids))):
-        raise ValueError("its ids are not the numbers from 0 on, each once")
-    if sum(len(token) == 1 for token in ranks) < 256:
-        raise ValueError("it does not have all 256 bytes")
-    # transformers joins in the order of the merges, tiktoken in the order of the ids.
-    if merges is not None:
-        made = ["".join(merge).replace(" ", "") for merge in merges]  # ["a", "b"], or older: "a b"
-        made_ids = [vocab[token] for token in made if token not in added]
-        if made_ids != sorted(id for token, id in ranks.items() if len(token) > 1):
-            raise ValueError("its merges do not make its tokens in the order of their ids")
-
-
-def read_vocabulary(folder):
-    """{file name: content} of a folder's vocabulary, for save_pretrained."""
-    files = [folder / name for name in VOCABULARY_FILES + OLD_VOCABULARY_FILES]
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
-
-
-def write_folder(model, folder):
-    """What GPT.save_pretrained does."""
-    config = vars(model.config) | SUPPORTED_MODEL
-    config["n_positions"] = config.pop("block_size")
-    config["architectures"] = ["GPT2LMHeadModel"]
-    config["dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    files = model.vocabulary | {"config.json": json.dumps(config, indent=2).encode()}
-    weights = model.state_dict()
-    if not torch.equal(weights.pop("lm_head.weight"), weights["transformer.wte.weight"]):
-        raise ValueError("lm_head.weight is no longer wte.weight; one tensor for both can be saved")
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_behind in folder.glob(".saving-*"):  # by a process that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
-    # Within the folder, so that it is on the same disk: only there is a move one step.
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        temporary = Path(temporary)
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        try:
-            safetensors.torch.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{folder} cannot be written: {error}") from None
-        for name in [*files, "model.safetensors"]:
-            (temporary / name).replace(folder / name)
-    # Of a model that was saved here before, generation_config.json would overrule our ids, and the
-    # vocabulary is not ours. If we have none it stays, as somebody may have put it there for us.
-    stale = VOCABULARY_FILES + OLD_VOCABULARY_FILES if model.vocabulary else []
-    for name in ["generation_config.json", *stale]:
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)
+def tokenizer_config(tokenizer, config):
+    """What transformers needs besides tokenizer.json: a class that takes it unchanged, and which
+    special tokens are bos, eos and pad."""
+    ids = {"bos_token": config.bos_token_id, "pad_token": config.pad_token_id,
+           "eos_token": config.eos_token_ids[0] if config.eos_token_ids else None}
+    names = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    added = tokenizer.get_added_tokens_decoder()  # {id: AddedToken}
+    for name, id in ids.items():
+        if id in added and added[id].special:
+            names[name] = added[id].content
+    return names
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line
+# Command line
 
 
 def main(argv=None):
-    """Exits with 2 after a mistake, named in stderr's last line, and with 130 when interrupted."""
-    gc.freeze()  # what is imported stays: to look through it for garbage at exit would take 0.3 s
+    """Exits with 2 after bad input, explained in stderr's last line, and with 130 after Ctrl-C."""
+    gc.freeze()  # FAST: so that Python doesn't scan everything imported for garbage at exit
     parser = argparse.ArgumentParser(
         "train_gpt2.py", description="Complete a prompt with GPT-2.", usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for flag, default, meaning in [
-            ("--model", "gpt2", "name on the Hub, or folder with config.json, model.safetensors"),
-            ("--prompt", "Hello, I'm a language model,", "text to complete; '' starts a new one"),
-            ("--num-return-sequences", 5, "how many completions"),
-            ("--max-length", 30, "tokens in each, the prompt's included"),
-            ("--temperature", 1.0, "over 1 wilder, under 1 tamer, 0 the likeliest token each time"),
-            ("--top-k", 50, "draw from the K likeliest tokens; 0 draws from all"),
-            ("--seed", 42, "the same seed and flags say the same words"),
-            ("--device", "auto", "cpu, cuda, cuda:1, mps, ...; auto is cuda, else mps, else cpu")]:
-        parser.add_argument(flag, default=default, type=type(default), help=meaning)
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of weights and arithmetic; auto is the checkpoint's")
+    flag = parser.add_argument
+    flag("--model", default="gpt2", help="name of a Hub model, or folder of a checkpoint")
+    flag("--prompt", default="Hello, I'm a language model,", help="text to complete, may be empty")
+    flag("--num-return-sequences", type=int, default=5, help="how many completions")
+    flag("--max-length", type=int, default=30, help="tokens in each, the prompt's included")
+    flag("--temperature", type=float, default=1.0,
+         help="above 1 is wilder, below 1 is tamer, 0 always takes the likeliest token")
+    flag("--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: from all")
+    flag("--seed", type=int, default=42, help="the same seed and flags give the same text")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto takes the best")
+    flag("--dtype", default="auto", choices=["auto", *DTYPES], help="auto keeps the checkpoint's")
     args = parser.parse_args(argv)
-    if sys.stdout:  # it is None if it was closed
-        sys.stdout.reconfigure(errors="replace")  # for what a console cannot show, a question mark
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, nor if it is closed (None)
+        sys.stdout.reconfigure(errors="replace")  # what the console can't show becomes ?
     try:
         complete(**vars(args))  # --max-length is its max_length, and so on
-    except BrokenPipeError:  # `| head -1` has seen enough: what is left to print goes nowhere
+    except BrokenPipeError:  # the reader is gone, as in `| head -1`: discard the rest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (InputError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # too little memory is no bug, and the other RuntimeErrors are
+            raise  # every RuntimeError is a bug, except running out of memory
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
 
 
 def complete(model, prompt, num_return_sequences, max_length, temperature, top_k, seed, device,
              dtype):
-    """Print completions. Checks come as early as they can, as download and weights take long."""
-    check_sampling(temperature, top_k)
+    """Print num_return_sequences completions, each after `> `."""
     if not 0 < num_return_sequences < 2**31:
-        raise ValueError(f"num_return_sequences must be 1 to 2**31 - 1, not {num_return_sequences}")
+        raise InputError(f"num_return_sequences must be 1 to 2**31 - 1, not {num_return_sequences}")
     if not -2**63 <= seed < 2**64:
-        raise ValueError(f"seed must be a number of 64 bits, not {seed}")
+        raise InputError(f"seed must be a 64-bit number, not {seed}")
     device = find_device(device)
     folder = find_folder(model)
-    config = read_config(folder)
-    tokenizer, readable = read_tokenizer(folder)
-    if max(readable) >= config.vocab_size:
-        raise ValueError(f"the vocabulary in {folder} is not the model's: it has an id "
-                         f"{max(readable)}, and the model {config.vocab_size} tokens")
-    tokens = tokenizer.encode(prompt, allowed_special="all")
-    if not tokens and config.bos_token_id not in range(config.vocab_size):
-        raise ValueError("the prompt is empty, and the model has no token to start from: its "
-                         f"bos_token_id is {config.bos_token_id}")
-    tokens = tokens or [config.bos_token_id]
-    idx = torch.tensor([tokens])  # (1, T)
-    check_generate(config, idx, max_length, temperature, top_k)
+    tokenizer = load_tokenizer(folder)
+    prompt = prompt.encode(errors="replace").decode()  # argv may hold bytes that aren't UTF-8
+    ids = tokenizer.encode(prompt).ids
+    gpt = GPT.from_pretrained(folder)
+    if not ids and gpt.config.bos_token_id is None:
+        raise InputError("the prompt is empty, and the model has no bos_token_id to start from")
     print(f"using device: {device}", file=sys.stderr)
-    gpt = GPT.from_pretrained(folder).to(device, DTYPES.get(dtype))
+    gpt.to(device, None if dtype == "auto" else getattr(torch, dtype))
+    idx = torch.tensor([ids or [gpt.config.bos_token_id]], device=device)  # (1, T)
     torch.manual_seed(seed)
-    idx = idx.to(device).repeat(num_return_sequences, 1)  # (B, T)
-    for row in gpt.generate(idx, max_length, temperature, top_k).tolist():
-        # As in the pipeline, special tokens are not shown, so neither is the end of a row and what
-        # fills it up; nor are ids without a token, which a model of a rounded vocab_size has.
-        new = [token for token in row[len(tokens):] if token in readable]
-        print(">", prompt + tokenizer.decode(new), flush=True)
+    rows = gpt.generate(idx.repeat(num_return_sequences, 1), max_length, temperature, top_k)
+    for row in rows.tolist():
+        # As in the pipeline: the prompt as it was given, then the new tokens without special ones.
+        print(">", prompt + tokenizer.decode(row[len(ids):]), flush=True)
 
 
 def find_device(name):
-    """The device of that name; for "auto", the best. ValueError if it cannot be used."""
+    """A working device by torch's name for it; "auto" finds the best. Raises InputError if none."""
     if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {name} cannot be used: {reason} (this torch is built for CUDA "
-                         f"{torch.version.cuda}; see the README)") from None
+        raise InputError(f"device {name} can't be used ({error!s:.200}); torch.version.cuda is "
+                         f"{torch.version.cuda}: see the README") from None
     return name
 
 

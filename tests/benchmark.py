@@ -1,9 +1,10 @@
-"""How fast train_gpt2.py is, measured in turns with transformers and with a lecture's script: a Markdown table.
+"""How fast train_gpt2.py is, in turns with transformers and a lecture's script: a Markdown table.
 
     python tests/benchmark.py
 
-The checkpoints are made here, in a temporary folder; random weights are as fast as trained ones. Half an hour on two
-cores, in parts with --only. Ratios are ours over the peer's: of seconds, under 1 is faster; of tokens/s, over 1.
+It makes its checkpoints in a temporary folder; random weights are as fast as trained ones. It takes
+half an hour on two cores; --only runs a part. Ratios are ours over the peer's: of seconds, below 1
+is faster; of tokens/s, above 1.
 """
 import argparse
 import importlib.util
@@ -19,12 +20,13 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before transformers is imported, here and by the peers: no warnings, and no time lost on asking the Hub.
-os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1", PYTHONUTF8="1")
+# Set before transformers is imported, here and by the peers: no warnings, no questions to the Hub
+os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1",
+                  HF_HUB_OFFLINE="1", PYTHONUTF8="1")
 
 import torch
 import transformers
-from checkpoints import REAL_VOCABULARY, ROOT, random_gpt2, save, save_vocabulary
+from checkpoints import REAL_TOKENIZER, ROOT, random_gpt2, save, save_vocab_json
 
 sys.path.insert(0, str(ROOT))
 from train_gpt2 import GPT, Conv1D
@@ -36,13 +38,14 @@ import sys
 from transformers import pipeline, set_seed
 generator = pipeline("text-generation", model=sys.argv[1], device=sys.argv[2])
 set_seed(42)
-new = {"max_new_tokens": 30 - len(generator.tokenizer("Hello, I'm a language model,")["input_ids"])}
-for text in generator("Hello, I'm a language model,", **new, num_return_sequences=5, temperature=1.0, do_sample=True):
+prompt = "Hello, I'm a language model,"
+new = {"max_new_tokens": 30 - len(generator.tokenizer(prompt)["input_ids"])}
+for text in generator(prompt, **new, num_return_sequences=5, temperature=1.0, do_sample=True):
     print(">", text["generated_text"])
 """
 
-# What a lecture shows: transformers' weights copied into modules of its own, and each token from a run over all those
-# before it. It draws among the 50 likeliest tokens alone, so that the same seed says other words.
+# As in the lecture: transformers' weights are copied into modules of its own, and each token takes
+# a run over all tokens before it. It samples from the 50 likeliest alone, so its text differs.
 LECTURE = """
 import sys, tiktoken, torch
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -71,12 +74,15 @@ class GPT(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(c.vocab_size, c.n_embd), "wpe": nn.Embedding(c.n_positions, c.n_embd),
-            "h": nn.ModuleList(Block(c.n_embd, c.n_head) for _ in range(c.n_layer)), "ln_f": nn.LayerNorm(c.n_embd)})
+            "wte": nn.Embedding(c.vocab_size, c.n_embd),
+            "wpe": nn.Embedding(c.n_positions, c.n_embd),
+            "h": nn.ModuleList(Block(c.n_embd, c.n_head) for _ in range(c.n_layer)),
+            "ln_f": nn.LayerNorm(c.n_embd)})
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
 
     def forward(self, idx):
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         for block in self.transformer.h:
             x = block(x)
         return self.lm_head(self.transformer.ln_f(x))
@@ -92,7 +98,8 @@ def load(folder):
 folder, device = sys.argv[1:]
 model = load(folder).eval().to(device)
 ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/merges.txt", f"{folder}/vocab.json")
-tokenizer = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+tokenizer = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                              special_tokens={})
 torch.manual_seed(42)
 x = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * 5, device=device)
 while x.shape[1] < 30:
@@ -111,7 +118,7 @@ model = {}
 print(time.perf_counter() - start)
 """
 
-# Both sides are given the same tokens and learn to predict the next one; the loss of each step is compared.
+# Both sides learn to predict the next one of the same tokens; the losses of all steps are compared.
 TRAIN = """
 import json, statistics, sys, time, torch
 from torch.nn import functional as F
@@ -134,7 +141,7 @@ for _ in range(5):
 print(json.dumps([statistics.median(seconds[1:]), losses]))
 """
 
-# A small process between this one and what it measures, since a child's peak memory is at least its parent's.
+# A small process in between, since the peak memory of a child is at least that of its parent.
 COLD = """
 import json, subprocess, sys, time
 start = time.perf_counter()
@@ -142,7 +149,8 @@ stdout = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True).stdout
 seconds, peak = time.perf_counter() - start, float("nan")
 if sys.platform != "win32":
     import resource
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
 print(json.dumps((seconds, peak, stdout)))
 """
 
@@ -150,7 +158,8 @@ print(json.dumps((seconds, peak, stdout)))
 def cold(*arguments, cwd=ROOT):
     """Run Python in a fresh process: seconds, peak MiB (not a number on Windows), stdout."""
     command = [sys.executable, "-c", COLD, sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8",
+                          errors="replace", check=False)
     return json.loads(done.stdout) if done.returncode == 0 else sys.exit(done.stderr)
 
 
@@ -171,7 +180,7 @@ def writer(model, B, length, per_second=False):
 
 
 def products(model, B):
-    """A run for compare(): only the matrix products of one new token in each of B rows. Milliseconds."""
+    """A run for compare(): only the matrix products of one token in B rows, in milliseconds."""
     layers = [module for module in model.modules() if isinstance(module, (Conv1D, torch.nn.Linear))]
     sizes = [module.weight.shape[module is model.lm_head] for module in layers]  # of what goes in
     x = {n: torch.randn(B, 1, n, device=model.lm_head.weight.device) for n in sizes}
@@ -188,18 +197,18 @@ def products(model, B):
 
 
 def compare(what, unit, rounds, runs):
-    """Run all in turns, ours is the first; yield a row of the table for each peer. A run returns a number, its MiB
-    (None: not shown) and its words, which must be the same as ours in every round (None: others by design)."""
+    """Run all in turns, ours first; yield a row of the table for each peer. A run returns a number,
+    its MiB (None: not shown) and its words, which must equal ours (None: they differ by design)."""
     results = {name: [] for name in runs}
     for i in range(rounds + 1):
-        print(what, f"round {i} of {rounds}" if i else "warming up", sep=", ", file=sys.stderr)
+        print(what, f"round {i} of {rounds}" if i else "warm-up", sep=", ", file=sys.stderr)
         for name, run in runs.items():
             results[name].append(run())
     (_, ours), *peers = results.items()
 
     def median(rows):
         values, mib, _ = zip(*rows[1:])
-        peak = "" if mib[0] is None else f", peak {statistics.median(mib):.0f} MiB".replace("nan MiB", "n/a")
+        peak = "" if mib[0] is None else f", peak {statistics.median(mib):.0f} MiB"
         return f"{statistics.median(values):.3g} {unit}{peak}"
 
     for name, peer in peers:
@@ -222,7 +231,8 @@ def load_all(folder, args, dtype=torch.float32):
     classes = {"ours": GPT, "generate()": transformers.GPT2LMHeadModel}
     if args.older:
         classes["older version"] = load_older(args.older)
-    return {name: cls.from_pretrained(folder).to(args.device, dtype) for name, cls in classes.items()}
+    return {name: cls.from_pretrained(folder).to(args.device, dtype)
+            for name, cls in classes.items()}
 
 
 def generation(what, models, B, length, rounds, **more):
@@ -247,7 +257,8 @@ def load(folder, args):
         return lambda: (float(cold("-c", LOAD.format(imports, call), folder)[2]), None, None)
     yield from compare("`from_pretrained`, 124M", "s", args.rounds, {
         "ours": timed("from train_gpt2 import GPT", "GPT.from_pretrained(sys.argv[1])"),
-        "transformers": timed("from transformers import GPT2LMHeadModel as M", "M.from_pretrained(sys.argv[1])"),
+        "transformers": timed("from transformers import GPT2LMHeadModel as M",
+                              "M.from_pretrained(sys.argv[1])"),
         "the file read and copied": timed(
             "from safetensors.torch import load_file",
             "{n: t.clone() for n, t in load_file(sys.argv[1] + '/model.safetensors').items()}"),
@@ -282,7 +293,8 @@ def train(folder, args):
 
     def step(snippets, autocast, root=ROOT):
         def run():
-            _, mib, stdout = cold("-c", TRAIN.format(*snippets), folder, args.device, autocast, cwd=root)
+            code = TRAIN.format(*snippets)
+            _, mib, stdout = cold("-c", code, folder, args.device, autocast, cwd=root)
             seconds, losses = json.loads(stdout)
             return seconds, mib, losses
         return run
@@ -301,20 +313,25 @@ def machine(device):
     cpu = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
     gpu = ""
     if device.startswith("cuda"):
-        driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader").partition("\n")[0]
+        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        driver = subprocess.getoutput(query).partition("\n")[0]
         gpu = f"; {torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}"
-    return (f"On {device}: {cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {platform.platform()}, "
-            f"{torch.get_num_threads()} torch threads{gpu}; Python {platform.python_version()}, "
+    return (f"On {device}: {cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, "
+            f"{platform.platform()}, {torch.get_num_threads()} torch threads{gpu}; "
+            f"Python {platform.python_version()}, "
             f"torch {torch.__version__}, transformers {transformers.__version__}.")
 
 
 def main():
     parts = {part.__name__: part for part in (job, load, narrow, full, bfloat16, train)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu or cuda; auto is cuda, else cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how many are counted")
-    parser.add_argument("--only", nargs="+", default=parts, choices=parts, metavar="PART", help=", ".join(parts))
-    parser.add_argument("--older", type=Path, metavar="FOLDER", help="another version's folder, to measure it too")
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts, metavar="PART",
+                        help=", ".join(parts))
+    parser.add_argument("--older", type=Path, metavar="FOLDER",
+                        help="the folder of another version, to measure it too")
     args = parser.parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -322,16 +339,17 @@ def main():
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             folder = save(random_gpt2(), folder, "hub")
-            if REAL_VOCABULARY.exists():
-                for name in "vocab.json", "merges.txt":
-                    shutil.copy(REAL_VOCABULARY / name, folder)
+            if REAL_TOKENIZER.exists():  # the lecture's script reads the last two
+                for name in "tokenizer.json", "vocab.json", "merges.txt":
+                    shutil.copy(REAL_TOKENIZER / name, folder)
             else:
-                save_vocabulary(folder)
+                save_vocab_json(folder)
             for name in args.only:
                 rows.extend(parts[name](folder, args))
     finally:  # what an interrupted benchmark has measured is shown too
-        head = "what", "ours (median)", "peer (median)", "ratio (median)", "spread (min–max)", "words"
-        print(machine(args.device), f"Rounds: {args.rounds}, in turns, after one to warm up.\n")
+        head = ("what", "ours (median)", "peer (median)", "ratio (median)", "spread (min–max)",
+                "words")
+        print(machine(args.device), f"Rounds: {args.rounds}, in turns, after a warm-up.\n")
         for row in (head, ["---"] * len(head), *rows):
             print(f"| {' | '.join(row)} |")
 

@@ -1,39 +1,50 @@
-"""GPT-2 checkpoints with random weights, as people have them, for the tests and the benchmark."""
+"""GPT-2 checkpoints of every kind that people have, with random weights, for all tests."""
 import json
 import math
 import os
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about settings that are meant
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns of every process that a test starts
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about intended settings
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns in every process that a test starts
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    pipeline,
+    set_seed,
 )
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL_VOCABULARY = ROOT.parent / "shared" / "gpt2-vocab"  # where a developer may have it
-LAYOUTS = ("hub", "saved", "old")
-TRANSFORMERS, TORCH = (tuple(map(int, module.__version__.split(".")[:2])) for module in (transformers, torch))
+REAL_TOKENIZER = ROOT.parent / "shared" / "gpt2-vocab"  # where a developer may have gpt2's own
+TRANSFORMERS, TORCH = (tuple(map(int, module.__version__.split(".")[:2]))
+                       for module in (transformers, torch))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 EOT = "<|endoftext|>"
 
 logging.disable_progress_bar()
 
 
-# The weights
+# Weights
 
 def random_gpt2(seed=0, **config):
-    """transformers' model in eval mode, every parameter random: a bias or a LayerNorm left out must
-    show. Without the special ids that `config` does not name."""
+    """transformers' model in eval mode with every parameter random, so that a forgotten bias or
+    LayerNorm shows. It has only the special ids that `config` names."""
     config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config}
     model = GPT2LMHeadModel(GPT2Config(**config)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -44,47 +55,70 @@ def random_gpt2(seed=0, **config):
             elif p.ndim == 1:
                 p.normal_(0, 0.2, generator=generator)
             else:
-                p.normal_(0, 0.3 if "te." in name else p.shape[0] ** -0.5, generator=generator)
+                std = 0.3 if "te." in name or "lm_head" in name else p.shape[0] ** -0.5
+                p.normal_(0, std, generator=generator)
     return model
 
 
+LAYOUTS = ["saved", "shards", "hub", "old", "bin", "bin before torch 1.6", "bin shards"]
+if TORCH < (2, 6):
+    LAYOUTS = LAYOUTS[:4]  # neither side reads a .bin file with such a torch
+
+
 def save(model, folder, layout="saved"):
-    """Write the model as save_pretrained does, as the Hub's gpt2 is, or as old fine-tunes are;
-    returns the folder."""
+    """Write the model as save_pretrained does, whole or in shards; as the Hub's gpt2 is; as old
+    fine-tunes are, in safetensors or .bin files. Returns the folder."""
     folder = Path(folder)
-    model.save_pretrained(folder)
-    if layout == "saved":
+    model.save_pretrained(folder, max_shard_size="50KB" if layout == "shards" else "5GB")
+    if layout in ("saved", "shards"):
         return folder
     tensors = {name: p.detach().clone() for name, p in model.state_dict().items()}
     n = model.config.n_positions
-    mask = torch.ones(n, n).tril().view(1, 1, n, n)
-    for layer in range(model.config.n_layer):
-        name = f"transformer.h.{layer}.attn"
-        tensors[f"{name}.bias"] = mask.clone() if layout == "hub" else mask.bool().clone()
-        if layout == "old":
-            tensors[f"{name}.masked_bias"] = torch.tensor(-1e4)
+    for layer in range(model.config.n_layer):  # with the causal masks that old files contain
+        mask = torch.ones(n, n).tril().view(1, 1, n, n)
+        tensors[f"transformer.h.{layer}.attn.bias"] = mask if layout == "hub" else mask.bool()
+        if layout != "hub":
+            tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     if layout == "hub":
-        del tensors["lm_head.weight"]
+        if model.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     change_json(folder / "config.json", n_ctx=n)
+    if layout in ("hub", "old"):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    (folder / "model.safetensors").unlink()
+    if model.config.tie_word_embeddings:  # as one tensor under two names
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    bin = folder / "pytorch_model.bin"
+    if layout == "bin shards":
+        names = list(tensors)
+        shards = {f"pytorch_model-0000{i + 1}-of-00003.bin": names[i::3] for i in range(3)}
+        for shard, part in shards.items():
+            torch.save({name: tensors[name] for name in part}, folder / shard)
+        places = {name: shard for shard, part in shards.items() for name in part}
+        index = {"metadata": {}, "weight_map": places}
+        bin.with_suffix(".bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(tensors, bin, _use_new_zipfile_serialization=layout == "bin")
     return folder
 
 
 def pair(folder, dtype="auto", device="cpu"):
-    """Our model and transformers', from one folder. dtype "auto" is what each takes by itself."""
+    """Our model and transformers', read from the same folder. dtype "auto" is each one's choice."""
     from train_gpt2 import GPT
-    ours, theirs = GPT.from_pretrained(folder), GPT2LMHeadModel.from_pretrained(folder, dtype="auto")
+    ours = GPT.from_pretrained(folder)
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype="auto")
     if dtype != "auto":
         ours, theirs = ours.to(dtype), theirs.to(dtype)
     return ours.to(device), theirs.to(device)
 
 
-OTHER_SCALE = "transformers 4 scales by 1 / sqrt(hs), 5 by hs**-0.5: of this hs, in float64 they differ"
+OTHER_SCALE = "transformers 4 scales by 1 / sqrt(hs), 5 by hs**-0.5; here the two differ"
 
 
 def same_scale(hs, dtype):
-    """Whether the installed transformers scales heads of hs channels as today's does."""
+    """Whether the installed transformers scales heads of hs channels as transformers 5 does."""
     return TRANSFORMERS >= (5, 0) or dtype != torch.float64 or hs**-0.5 == 1 / math.sqrt(hs)
 
 
@@ -95,40 +129,60 @@ def random_idx(model, B, T, seed=0):
     return idx.to(model.lm_head.weight.device)
 
 
-# The vocabulary
+def loss_of(model, idx):
+    """Next-token cross-entropy of either side's model."""
+    logits = model(idx[:, :-1])
+    logits = getattr(logits, "logits", logits)  # transformers wraps its own
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
 
-def train_bpe(special=(EOT,), vocab_size=400):
-    """A byte-level BPE of this project's own text, with its special tokens first, as the trainer
-    of tokenizers puts them."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train([str(ROOT / "train_gpt2.py"), str(ROOT / "README.md")], trainers.BpeTrainer(
+
+def assert_equal_gradients(ours, theirs, idx):
+    parameters = dict(ours.named_parameters())
+    ours.zero_grad()
+    theirs.zero_grad()
+    loss, expected = loss_of(ours, idx), loss_of(theirs, idx)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    expected.backward()
+    for name, p in theirs.named_parameters():
+        assert torch.equal(parameters[name].grad, p.grad), name
+
+
+# Tokenizers
+
+def train_bpe(special=(EOT,), vocab_size=400, model=None, trainer=trainers.BpeTrainer, **parts):
+    """A byte-level BPE trained on this project's own text, with its special tokens first, as the
+    trainers of tokenizers put them; or, by `model`, `trainer` and parts, another tokenizer."""
+    tokenizer = Tokenizer(model or models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if model is None else []
+    tokenizer.train([str(ROOT / "train_gpt2.py"), str(ROOT / "README.md")], trainer(
         vocab_size=vocab_size, special_tokens=list(special), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return bpe
+        initial_alphabet=alphabet))
+    return tokenizer
 
 
-def save_vocabulary(folder, vocab_size=400):
-    """vocab.json and merges.txt as OpenAI's are, <|endoftext|> last; returns their size."""
-    folder = Path(folder)
+def save_tokenizer(folder, tokenizer=None, special=(), words=(), **names):
+    """What today's transformers saves of a tokenizer, with more tokens; returns its size."""
+    names = names or dict.fromkeys(["bos_token", "eos_token", "unk_token"], EOT)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer or train_bpe(), **names)
+    if special:
+        wrapped.add_special_tokens({"additional_special_tokens": list(special)})
+    wrapped.add_tokens(list(words))
+    wrapped.save_pretrained(folder)
+    return len(wrapped)
+
+
+def save_vocab_json(folder, vocab_size=400):
+    """vocab.json and merges.txt as OpenAI's are, with <|endoftext|> last; returns their size."""
     bpe = train_bpe([], vocab_size - 1)
     bpe.model.save(str(folder))
-    vocab = bpe.get_vocab()
-    vocab[EOT] = len(vocab)
+    vocab = bpe.get_vocab() | {EOT: vocab_size - 1}
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    return len(vocab)
-
-
-def save_tokenizer(folder, bpe, add_special=(), add_words=(), **names):
-    """What the save_pretrained of today's transformers writes of a tokenizer; returns its size."""
-    names = names or dict.fromkeys(["bos_token", "eos_token", "unk_token"], EOT)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
-    if add_special:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(add_special)})
-    tokenizer.add_tokens(list(add_words))
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
+    return vocab_size
 
 
 def as_on_the_hub(tokenizer_json):
@@ -148,7 +202,165 @@ def read_tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-# Files
-
 def change_json(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields))
+    """Set fields of a JSON file, which may not exist yet."""
+    raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(raw | fields))
+
+
+# Every kind of tokenizer: each function writes one into an empty folder and returns its size.
+
+def on_the_hub(folder):
+    size = save_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(as_on_the_hub(path.read_text(encoding="utf-8")), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    return size
+
+
+def tokenizer_json_alone(folder):
+    train_bpe().save(str(folder / "tokenizer.json"))
+    return 400
+
+
+def ids_in_another_order_than_the_merges(folder):
+    save_vocab_json(folder)
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab = dict(zip(vocab, reversed(vocab.values())))
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    return 400
+
+
+def saved_by_a_slow_tokenizer(folder):
+    """As transformers 4 wrote it for the tutorials that add a padding token."""
+    size = save_vocab_json(folder)
+    added = {"<|pad|>": size + 1, "<|start|>": size, "plain": size + 2}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    names = {"bos_token": "<|start|>", "eos_token": EOT, "unk_token": EOT,
+             "pad_token": {"content": "<|pad|>", "lstrip": False, "normalized": True,
+                           "rstrip": False, "single_word": False}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    return size + 3
+
+
+def tokens_that_only_the_config_names(folder):
+    size = tokenizer_json_alone(folder)
+    pad = {"content": "[PAD]", "lstrip": False, "rstrip": False, "single_word": False,
+           "normalized": False, "__type": "AddedToken"}
+    change_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+                bos_token="<s>", eos_token="</s>", pad_token=pad,
+                additional_special_tokens=["<|user|>", "of"])
+    return size + 5 - ("of" in train_bpe().get_vocab())
+
+
+def added_tokens(folder):
+    """Special and plain ones, with all their options; one begins with another."""
+    from transformers import AddedToken
+    special = ["[PAD]", "<|user|>", AddedToken("<mask>", lstrip=True, rstrip=True, special=True)]
+    words = ["new", "newword", "a", AddedToken("cat", single_word=True)]
+    return save_tokenizer(folder, special=special, words=words)
+
+
+def padding_and_truncation(folder):
+    bpe = train_bpe()
+    bpe.enable_padding(length=40, pad_id=7)
+    bpe.enable_truncation(max_length=3)
+    return save_tokenizer(folder, bpe)
+
+
+def own_bpe(vocab_size, special=("<s>", "</s>", "<pad>")):
+    def write(folder):
+        names = dict(zip(["bos_token", "eos_token", "pad_token"], special))
+        return save_tokenizer(folder, train_bpe(special, vocab_size), **names)
+    return write
+
+
+def other(**parts):
+    return lambda folder: save_tokenizer(folder, train_bpe(**parts))
+
+
+def no_bytes(model, trainer, pre_tokenizer, decoder):
+    return other(model=model(unk_token=EOT), trainer=trainer, pre_tokenizer=pre_tokenizer,
+                 decoder=decoder)
+
+
+def digits_apart():
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def adds_a_token():
+    return processors.TemplateProcessing(single=f"{EOT} $A", special_tokens=[(EOT, 0)])
+
+
+TOKENIZERS = {
+    "today": save_tokenizer, "on the Hub": on_the_hub, "alone": tokenizer_json_alone,
+    "vocab.json": save_vocab_json, "other order": ids_in_another_order_than_the_merges,
+    "slow": saved_by_a_slow_tokenizer, "named": tokens_that_only_the_config_names,
+    "added": added_tokens, "padding": padding_and_truncation,
+    "BPE of 300": own_bpe(300), "BPE of 700": own_bpe(700), "BPE of 1500": own_bpe(1500, [EOT]),
+    "NFKC": other(normalizer=normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
+    "prefix space": other(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+    "digits": other(pre_tokenizer=digits_apart()),
+    "template": other(post_processor=adds_a_token()),
+    "WordPiece": no_bytes(models.WordPiece, trainers.WordPieceTrainer,
+                          pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()),
+    "metaspace": no_bytes(models.BPE, trainers.BpeTrainer, pre_tokenizers.Metaspace(),
+                          decoders.Metaspace()),
+}
+
+
+# Every kind of model
+
+RELATIVES = {
+    "gelu": {"activation_function": "gelu", "n_inner": 96},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu"},
+    "tanh": {"activation_function": "tanh"},
+    "no scale": {"scale_attn_weights": False},
+    "scale by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "both scales": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    "untied": {"tie_word_embeddings": False},
+}
+
+
+def ignores_scale(config):
+    """Whether the installed transformers ignores this config's scale settings, as 4 does."""
+    return TRANSFORMERS < (5, 0) and any("scale_attn" in name for name in config)
+
+
+def write_checkpoint(folder, tokenizer="today", layout="saved", dtype=None, **config):
+    """A whole folder; by default vocab_size and the special ids fit the tokenizer. Returns it."""
+    size = TOKENIZERS[tokenizer](folder)
+    end = size - 1 if tokenizer == "vocab.json" else 0
+    config = {"vocab_size": size, "bos_token_id": end, "eos_token_id": end, **SIZES,
+              "n_positions": 96, **config}
+    return save(random_gpt2(**config).to(dtype), folder, layout)
+
+
+# What is printed
+
+def peer(folder):
+    """transformers' pipeline, with the dtype and the tokenizer that it finds by itself."""
+    return pipeline("text-generation", model=str(folder), device="cpu", dtype="auto",
+                    tokenizer=read_tokenizer(folder))
+
+
+def expected(theirs, prompt, seed=42, **how):
+    """The pipeline's text, as the command prints it. transformers 4 is told 5's defaults: to leave
+    spaces alone, and that max_length counts even where its own max_new_tokens is set."""
+    set_seed(seed)
+    how = {"max_length": 30, "num_return_sequences": 5, "temperature": 1.0, "do_sample": True,
+           "clean_up_tokenization_spaces": False} | how
+    if TRANSFORMERS < (5, 0):
+        length = len(theirs.tokenizer(prompt)["input_ids"])
+        how["max_new_tokens"] = how.pop("max_length") - max(1, length)
+    return "".join(f"> {row['generated_text']}\n" for row in theirs(prompt, **how))
+
+
+def words(capsys, folder, prompt, *flags):
+    """What our command prints."""
+    from train_gpt2 import main
+    main(["--model", str(folder), "--device", "cpu", f"--prompt={prompt}", *map(str, flags)])
+    return capsys.readouterr().out

@@ -19,7 +19,7 @@ except ImportError:
     sys.exit(f"transformers {importlib.metadata.version('transformers')} does not run with torch "
              f"{torch.__version__}: pip install \"transformers<5\"")
 
-from checkpoints import LAYOUTS, REAL_VOCABULARY, random_gpt2, save, save_vocabulary
+from checkpoints import LAYOUTS, REAL_TOKENIZER, random_gpt2, save, save_vocab_json
 
 
 def pytest_configure(config):
@@ -27,7 +27,8 @@ def pytest_configure(config):
 
 
 def pytest_report_header():
-    names = "torch", "transformers", "safetensors", "tiktoken", "huggingface_hub", "tokenizers", "numpy"
+    names = ("torch", "transformers", "safetensors", "tokenizers", "tiktoken", "huggingface_hub",
+             "numpy")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     return f"Python {platform.python_version()}, {', '.join(versions)}"
 
@@ -45,7 +46,7 @@ def layout(request):
 
 @pytest.fixture
 def one_thread():
-    """Models this tiny are slower with more, and far slower where other work runs beside."""
+    """Models this tiny are slower with more threads, and far slower beside other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,9 +55,9 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of a whole tiny model: a checkpoint in the Hub's layout, and its own vocabulary."""
+    """The folder of a tiny checkpoint in the Hub's layout, with vocab.json and merges.txt."""
     folder = tmp_path_factory.mktemp("tiny")
-    size = save_vocabulary(folder)
+    size = save_vocab_json(folder)
     model = random_gpt2(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=size,
                         bos_token_id=size - 1, eos_token_id=size - 1)
     return save(model, folder, "hub")
@@ -64,21 +65,21 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def full(tmp_path_factory):
-    """The folder of a model of gpt2's size, 124M parameters, in the Hub's layout, no vocabulary."""
+    """The folder of a model of gpt2's size, 124M parameters, in the Hub's layout, no tokenizer."""
     model = random_gpt2(bos_token_id=50256, eos_token_id=50256)
     return save(model, tmp_path_factory.mktemp("full"), "hub")
 
 
 @pytest.fixture
-def real_vocabulary():
-    if not (REAL_VOCABULARY / "vocab.json").exists():
-        pytest.skip("GPT-2's real vocabulary is not beside this project, in ../shared/gpt2-vocab")
-    return REAL_VOCABULARY
+def real_tokenizer():
+    if not (REAL_TOKENIZER / "vocab.json").exists():
+        pytest.skip("gpt2's real tokenizer is not beside this project, in ../shared/gpt2-vocab")
+    return REAL_TOKENIZER
 
 
 @pytest.fixture
 def model(tiny, tmp_path):
-    """A copy of the tiny model's folder, for damaging."""
+    """A copy of the tiny checkpoint's folder, for damaging."""
     return shutil.copytree(tiny, tmp_path / "model")
 
 

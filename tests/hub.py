@@ -1,6 +1,6 @@
-"""A stand-in for the Hugging Face Hub: real HTTP on 127.0.0.1, so that tests show downloads without a network.
+"""A stand-in for the Hugging Face Hub: real HTTP on 127.0.0.1, to test downloads without a network.
 
-huggingface_hub reads HF_ENDPOINT when it is imported, so the side that downloads must be a process of its own:
+huggingface_hub reads HF_ENDPOINT on import, so the side that downloads must be its own process:
 
     with StandInHub({"gpt2": folder}) as hub:
         subprocess.run([sys.executable, "train_gpt2.py"], env=os.environ | hub.env(cache))
@@ -14,9 +14,10 @@ from threading import Thread
 
 
 class StandInHub:
-    """Serves the files in each folder of {name: folder} as a model of that name; to any other name it answers as the
-    Hub does to a name that it does not know. `requests` lists what it was asked: (method, path).
-    Of the files named in `cut`, half arrives; then the line is dead, as in a download that breaks off."""
+    """Serves the files in each folder of {name: folder} as the model of that name, and answers any
+    other name as the Hub answers unknown ones. `requests` lists what it was asked: (method, path).
+    Of the files in `cut`, half arrives, and then the connection breaks."""
+
     def __init__(self, models, cut=()):
         self.models = {name: Path(folder) for name, folder in models.items()}
         self.cut, self.requests = cut, []
@@ -33,8 +34,9 @@ class StandInHub:
         Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def env(self, cache):
-        """The environment variables that send huggingface_hub here, with its cache in the folder `cache`."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        """Environment variables that send huggingface_hub here, with its cache in `cache`."""
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
+                "NO_PROXY": "127.0.0.1"}
 
     def close(self):
         self.server.shutdown()
@@ -48,7 +50,7 @@ class StandInHub:
 
 
 def answer(request):
-    """The four things that snapshot_download asks: the newest commit, its files, and HEAD and GET of one file."""
+    """What snapshot_download asks: the newest commit, its files, HEAD and GET of one file."""
     hub, path = request.hub, request.path.split("?")[0]
     hub.requests.append((request.command, path))
     api = re.fullmatch("/api/models/(.+)/(revision|tree)/[^/]+", path)
@@ -61,7 +63,8 @@ def answer(request):
         contents = {file.name: file.read_bytes() for file in hub.models[name].iterdir()}
         reply = {"id": name, "sha": sha, "siblings": [{"rfilename": name} for name in contents]}
         if api[2] == "tree":
-            reply = [{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            reply = [{"type": "file", "path": name, "size": len(content),
+                      "oid": hashlib.sha1(content).hexdigest()}
                      for name, content in contents.items()]
         return send(request, 200, {"Content-Type": "application/json"}, json.dumps(reply).encode())
     if not (hub.models[name] / file[2]).exists():
@@ -79,7 +82,7 @@ def answer(request):
 
 
 def send(request, status, headers, content=b"", stop=None):
-    """Answer with content, of which only content[:stop] follows the headers: HTTP/1.0, then the line is closed."""
+    """Answer, but send only content[:stop] after the headers before the connection closes."""
     request.send_response(status)
     for name, value in {**headers, "Content-Length": len(content)}.items():
         request.send_header(name, str(value))

@@ -1,268 +1,199 @@
-"""Promise: a model damaged in whatever way is refused with a ValueError or OSError that has a message,
-or it loads and answers; never another exception, never a hang.
+"""Promise: a model damaged in whatever way is refused with an InputError or OSError that has a
+message, or it loads and answers; never another exception, never a hang, never a crash of the
+process, and no code in a .bin file is ever run.
 
-The damaged models are loaded in a process of its own, which says what it is about to try. So a case that hangs, or
-that ends the process (a crash in torch's, safetensors' or tiktoken's machine code), is named too.
+The damaged models are read in a process of its own, which prints each case before and after. So a
+case that hangs, or crashes in the machine code of torch, safetensors or tokenizers, is named too.
 """
 import faulthandler
+import io
+import itertools
 import json
+import math
 import os
+import pickle
 import random
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import torch
+
+import train_gpt2
+
 ROOT = Path(__file__).resolve().parent.parent
-VALUES = [None, True, False, 0, -1, 1, 2, 3, 16, 300, 10**6, 10**9, 2**31, 2**63, 10**18, 10**30, -10**30, 0.0, 1.5,
-          8.0, 1e-5, 1e300, float("inf"), float("nan"), "", "x", "12", "gpt2", "\ud800", [], [1], [[]], {}, {"a": 1}]
-FIELDS = ["n_positions", "vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "eos_token_id", "n_inner",
-          "model_type", "activation_function", "scale_attn_weights", "tie_word_embeddings", "add_cross_attention",
-          "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "n_ctx", "bos_token_id", "pad_token_id",
-          "dtype", "torch_dtype", "unknown"]
-DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "U16", "U64", "BOOL", "C64", "F8_E4M3", "F8_E5M2",
-          "F8_E8M0", "F6_E2M3", "F4", "f32", "", "X"]
-NESTED = {"lists": b"[" * 10**5, "objects": b'{"a":' * 10**5, "closed": b"[" * 10**5 + b"]" * 10**5}
+FILES = {  # what is damaged, in folders with this tokenizer and this layout of checkpoints.py
+    "today saved": ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"],
+    "slow shards": ["model.safetensors.index.json", "model-00003-of-00003.safetensors",
+                    "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"],
+    "named bin": ["pytorch_model.bin", "tokenizer_config.json"],
+    "named bin before torch 1.6": ["pytorch_model.bin"],
+    "named bin shards": ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00003.bin"],
+}
+NESTED = ["[" * 10**5, '{"a":' * 10**5, "[" * 10**5 + "]" * 10**5]
+VALUES = ["null", "true", "0", "-1", "3", "1000000", "1" * 19, "1" * 5000, "0.5", "1e999", "NaN",
+          '""', '"x"', '"../x"', '"float16"', '"\\u0000"', '"\\ud800"', "[]", "[0]", '["x"]', "{}",
+          '{"content": 1}', NESTED[2]]  # as JSON spells them
+DTYPES = ["F64", "F16", "BF16", "I32", "U8", "U64", "BOOL", "C64", "F8_E4M3", "F6_E2M3", "F4"]
 
 
-def main(folder):
-    """Try all cases on copies of the model in folder, and print a line before and after each."""
-    import torch
+class Trap:
+    """Its pickle creates a file when it is loaded without care."""
 
-    import train_gpt2
-    torch.set_num_threads(1)
-    good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for number, (case, changed) in enumerate(cases(good)):
-        print(f"trying {case}", flush=True)
-        faulthandler.dump_traceback_later(20, exit=True)
-        damaged = folder / str(number)  # a new one each time: an earlier model may still have its file mapped
-        damaged.mkdir()
-        for name, data in {**good, **changed}.items():
-            if data is not None:
-                (damaged / name).write_bytes(data)
-        try:
-            if {"vocab.json", "tokenizer.json", "tokenizer_config.json"} & changed.keys():
-                tokenizer, readable = train_gpt2.read_tokenizer(damaged)
-                text = "Hello <|endoftext|>\n\0é€"
-                tokens = tokenizer.encode(text, allowed_special="all")
-                assert all(0 <= token < tokenizer.n_vocab for token in tokens)
-                assert tokenizer.decode(tokens) == text
-                for token in readable:
-                    tokenizer.decode([token])
-            else:
-                model = train_gpt2.GPT.from_pretrained(damaged)
-                idx = torch.tensor([[0, 1, 0, 1]])
-                assert model(idx).shape == (1, 4, model.config.vocab_size)
-                torch.manual_seed(0)
-                assert model.generate(idx, 6).shape in [(1, 5), (1, 6)]  # 5: it said the end-of-text token at once
-            print("answers")
-        except (ValueError, OSError) as error:
-            print("refused" if str(error) else "WRONG: no message")
-        except BaseException as error:  # noqa: BLE001  a panic in tiktoken's Rust is no Exception
-            print(f"WRONG: {type(error).__name__}: {ascii(str(error))[:300]}")
-    faulthandler.cancel_dump_traceback_later()
-    print("the end")
+    def __reduce__(self):
+        return open, ("trap", "w")
 
 
-def cases(good):
-    """All cases, (what is done, the changed contents of the files it is done to; None: no such file), the same ones
-    every time. A model has one file of weights, or shards; tokenizer.json, or vocab.json."""
-    rng = random.Random(0)
-    shards = {name: data for name, data in good.items() if "-of-" in name or "index" in name}
-    whole = dict.fromkeys(shards)
-    sharded = {"model.safetensors": None}
-    shard = max((name for name in shards if "-of-" in name), key=lambda name: good[name].count(b"dtype"))
-    for name, special, others in [
-            ("model.safetensors", of_weights, whole), ("config.json", of_config, whole),
-            ("generation_config.json", of_ends, whole), ("model.safetensors.index.json", of_index, sharded),
-            (shard, of_weights, sharded), ("tokenizer.json", of_tokenizer, whole),
-            ("tokenizer_config.json", of_settings, whole), ("vocab.json", of_vocabulary, whole | {"tokenizer.json": None})]:
-        for case, data in [*of_any_file(good[name], rng), *special(good[name], rng)]:
-            yield f"{name}, {case}", others | {name: data}
+def damages(name, data, rng):
+    """(what was done, the new contents of the file; None removes it), the same ones every time."""
+    yield from of_bytes(data, rng)
+    if name.endswith(".json"):
+        yield from of_json(json.loads(data), rng)
+    if name.endswith(".safetensors"):
+        yield from of_safetensors(data, rng)
+    if name.endswith(".bin"):
+        yield from of_bin(data)
 
 
-def of_any_file(data, rng):
-    """What happens to files: cut, mangled, replaced."""
-    for length in [0, 1, 7, 8, 9, len(data) - 1, *(rng.randrange(len(data)) for _ in range(10))]:
+def of_bytes(data, rng):
+    yield "missing", None
+    for length in [0, 1, 7, 8, 9, len(data) - 1, *rng.choices(range(len(data)), k=10)]:
         yield f"cut to {length}", data[:length]
-    for _ in range(10):
-        noise = rng.randbytes(rng.randrange(1, 200))
-        yield f"noise {noise[:8]}", noise
-    for _ in range(30):
-        text, at = bytearray(data), rng.randrange(min(len(data), 2000))
-        width, byte = rng.randrange(1, 9), rng.choice([0, 255, rng.randrange(256), *b'"{}[],:-09.eE \n'])
-        how, change = rng.choice([
-            ("flip", [text[at] ^ 1 << width - 1]), ("replace", [byte]), ("insert", [byte, text[at]]),
-            ("repeat", text[at:at + width] * 2), ("delete", []),
-        ])
-        text[at:at + (width if how in ("repeat", "delete") else 1)] = bytes(change)
-        yield f"{how} at {at}: {bytes(change)!r}, {width}", bytes(text)
-    for how, nested in NESTED.items():
-        yield f"nested {how}", nested
-    for value in VALUES:
-        yield f"is {value!r}", json.dumps(value).encode()
+    for length in range(1, 200, 20):
+        yield f"{length} bytes of noise", rng.randbytes(length)
+    for text in NESTED:
+        yield f"nested {text[:2]}", text.encode()
+    for _ in range(50):  # most files begin or end with what says where the rest is
+        at = rng.choice([rng.randrange(16), rng.randrange(2000), -rng.randrange(300)]) % len(data)
+        width, byte = rng.choice([0, 1, 1, 5]), rng.choice([rng.randrange(256), *b'"{[,:-09e'])
+        yield f"{width} bytes at {at} become {byte}", data[:at] + bytes([byte]) + data[at + width:]
 
 
-def of_weights(data, rng):
-    """What a safetensors file begins with: a length in 8 bytes, and so much JSON about each tensor and its place."""
+def of_json(raw, rng):
+    """Each value in turn is something else, is a copy of one beside it, or is missing."""
+    root = [raw]
+    for place, box, key in list(places(root, rng)):
+        place = place.removeprefix("/0")
+        value, beside = box[key], list(box.values() if isinstance(box, dict) else box)
+        for text in VALUES + [json.dumps(other) for other in rng.choices(beside, k=2)]:
+            # On these, tokenizers 0.23.3 aborts the process, or panics when it encodes a text.
+            if key == "continuing_subword_prefix" and text[0] == '"':
+                continue
+            if place == "/post_processor/single" and '"B"' in text:
+                continue
+            box[key] = "HERE"
+            yield f"{place} is {text[:40]}", json.dumps(root[0]).replace('"HERE"', text).encode()
+        if isinstance(box, dict):
+            del box[key]
+            yield f"without {place}", json.dumps(root[0]).encode()
+        box[key] = value
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        yield encoding, json.dumps(raw, ensure_ascii=False).encode(encoding)
+
+
+def places(box, rng, outer=""):
+    """(path, dict or list, key in it) of every value; of many of one type, of two."""
+    items = list(box.items() if isinstance(box, dict) else enumerate(box))
+    if len(items) > 5 and len({type(value) for _, value in items}) == 1:
+        items = rng.sample(items, 2)
+    for key, value in items:
+        yield f"{outer}/{key}", box, key
+        if isinstance(value, dict | list):
+            yield from places(value, rng, f"{outer}/{key}")
+
+
+def of_safetensors(data, rng):
+    """The file is the length of a JSON header, in 8 bytes, the header, and all tensors' numbers."""
     size = int.from_bytes(data[:8], "little")
-    header, rest = json.loads(data[8:8 + size]), data[8 + size:]
-    header.pop("__metadata__", None)
-
-    def packed(header, rest=rest):
-        text = header if isinstance(header, bytes) else json.dumps(header).encode()
-        return len(text).to_bytes(8, "little") + text + rest
-
-    for bit in range(64):
-        yield f"bit {bit} of the length", (size ^ 1 << bit).to_bytes(8, "little") + data[8:]
-    for length in [0, 1, 2, size - 1, size + 1, len(data) - 8, len(data), 10**8, 10**8 + 1, 2**31, 2**63, 2**64 - 1]:
-        yield f"length {length}", length.to_bytes(8, "little") + data[8:]
-    for how, nested in NESTED.items():
-        yield f"header of nested {how}", packed(nested)
-    for value in VALUES:
-        yield f"header is {value!r}", packed(json.dumps(value).encode())
-        for key in ("dtype", "shape", "data_offsets"):
-            name = rng.choice(list(header))
-            yield f"{key} of {name} is {value!r}", packed({**header, name: {**header[name], key: value}})
-        yield f"entry of wte.weight is {value!r}", packed({**header, "wte.weight": value})
-    for dtype in DTYPES:  # a lone tensor, so that only its dtype is wrong, not its place among the others
-        for count in (1, 2, 4, 8, 16):
-            entry = {"dtype": dtype, "shape": [16, 8], "data_offsets": [0, 16 * count]}
-            yield f"wte.weight alone, of {dtype}, {count} bytes a row", packed({"wte.weight": entry}, rest[:16 * count])
-    for _ in range(60):
-        one, other = rng.sample(list(header), 2)
-        how, changed = rng.choice([
-            ("swap the entries of", {**header, one: header[other], other: header[one]}),
-            ("give away the name of", {(other if name == one else name): entry for name, entry in header.items()}),
-            ("prefix", {("transformer." if name == one else "") + name: entry for name, entry in header.items()}),
-            ("drop", {name: entry for name, entry in header.items() if name != one}),
-            ("reshape", {**header, one: {**header[one], "shape": [1, *header[one]["shape"]]}}),
-            ("rename to h.", {("h." if name == one else name): entry for name, entry in header.items()}),
-            ("rename to nothing", {("" if name == one else name): entry for name, entry in header.items()}),
-        ])
-        yield f"{how} {one}, {other}", packed(changed)
-    for _ in range(20):
-        at = rng.randrange(len(rest))
-        yield f"numbers from {at} on are -1, nan", packed(header, rest[:at] + b"\xff" * (len(rest) - at))
+    header, numbers = data[8:8 + size], data[8 + size:]
+    headers = [*of_bytes(header, rng), *of_json(json.loads(header), rng)]
+    for dtype, bits in itertools.product(DTYPES, (4, 6, 8, 16, 32, 64)):
+        shape, offsets = [8 * len(numbers) // bits], [0, len(numbers)]
+        alone = {"wte.weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+        headers.append((f"{dtype} of {bits} bits", json.dumps(alone).encode()))
+    for case, text in headers:
+        yield f"header: {case}", len(text or b"").to_bytes(8, "little") + (text or b"") + numbers
 
 
-def of_config(data, rng):
-    config = json.loads(data)
-    for field in FIELDS:
-        for value in VALUES:
-            yield f"{field} is {value!r}", json.dumps({**config, field: value}).encode()
-    for field in config:
-        yield f"without {field}", json.dumps({key: value for key, value in config.items() if key != field}).encode()
-    for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32"):
-        yield encoding, data.decode().encode(encoding)
-    yield "a number of 5000 digits", data.replace(b'"n_layer": 2', b'"n_layer": ' + b"2" * 5000)
-    yield "every field twice", data.rstrip()[:-1] + b"," + data.lstrip()[1:]
+def of_bin(data):
+    """Other tensors, other things, and code, in both forms of the file and as a bare pickle."""
+    tensors = torch.load(io.BytesIO(data), weights_only=True)
+    name, weight = next((name, tensor) for name, tensor in tensors.items() if tensor.ndim == 2)
+    things = [weight.int(), weight.cfloat(), weight.bfloat16(), weight.to(torch.float8_e5m2),
+              weight.T, weight[0], weight[0, 0], weight[:0], weight[:1].expand(weight.shape),
+              weight * math.nan, torch.nn.Parameter(weight),
+              torch.quantize_per_tensor(weight, 1, 0, torch.qint8),
+              Trap(), Trap, None, [], "x", tensors]
+    things += [tensors | {name: thing} for thing in things]
+    things += [tensors | {key: weight} for key in (0, None, "", "x", ("a", 1), b"wte.weight")]
+    for number, zipped in itertools.product(range(len(things)), (True, False)):
+        file = io.BytesIO()
+        torch.save(things[number], file, _use_new_zipfile_serialization=zipped)
+        yield f"thing {number}, {zipped=}", file.getvalue()
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        yield f"pickle protocol {protocol}", pickle.dumps({name: Trap()}, protocol)
 
 
-def of_ends(data, rng):
-    ids = json.loads(data)
-    for field in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        for value in VALUES:
-            yield f"{field} is {value!r}", json.dumps({**ids, field: value}).encode()
-            yield f"{field} is [0, {value!r}]", json.dumps({**ids, field: [0, value]}).encode()
-    yield "no ids", b"{}"
+def main(paths):
+    """Damage each file in turn; print a line of JSON before and after each case."""
+    torch.set_num_threads(1)
+    rng, trap = random.Random(0), Path("trap")
+    pickle.loads(pickle.dumps(Trap())).close()
+    trap.unlink()  # fails unless the trap works
+    for path in map(Path, paths):
+        good = path.read_bytes()
+        for case, data in [*damages(path.name, good, rng), ("nothing", good)]:
+            print(json.dumps(["trying", f"{path}: {case}"]), flush=True)
+            path.unlink(missing_ok=True)  # not written over: a model may still be mapped from it
+            if data is not None:
+                path.write_bytes(data)
+            faulthandler.dump_traceback_later(20, exit=True)
+            outcome = outcome_of(path)
+            print(json.dumps(["ran code" if trap.exists() else outcome, f"{path}: {case}"]))
+            trap.unlink(missing_ok=True)
 
 
-def of_settings(data, rng):
-    for value in VALUES:
-        yield f"add_prefix_space is {value!r}", json.dumps({**json.loads(data), "add_prefix_space": value}).encode()
-
-
-def of_index(data, rng):
-    index = json.loads(data)
-    places = index["weight_map"]
-    for value in [*VALUES, "..", "/", "config.json", "../x", "model.safetensors", "model-00001-of-00002"]:
-        name = rng.choice(list(places))
-        yield f"weight_map is {value!r}", json.dumps({**index, "weight_map": value}).encode()
-        yield f"{name} is in {value!r}", json.dumps({**index, "weight_map": {**places, name: value}}).encode()
-        yield f"all are in {value!r}", json.dumps({**index, "weight_map": dict.fromkeys(places, value)}).encode()
-        yield f"new is in {value!r}", json.dumps({**index, "weight_map": {**places, "new": value}}).encode()
-    for _ in range(30):
-        name, shard = rng.choice(list(places)), rng.choice(list(places.values()))
-        yield f"{name} is in {shard}", json.dumps({**index, "weight_map": {**places, name: shard}}).encode()
-        less = {other: shard for other, shard in places.items() if other != name}
-        yield f"without {name}", json.dumps({**index, "weight_map": less}).encode()
-
-
-def of_vocabulary(data, rng):
-    vocabulary = json.loads(data)
-    for value in VALUES:
-        token = rng.choice(list(vocabulary))
-        yield f"{token!r} is {value!r}", json.dumps({**vocabulary, token: value}).encode()
-        yield f"<|endoftext|> is {value!r}", json.dumps({**vocabulary, "<|endoftext|>": value}).encode()
-    for token in ("", " ", "\0", "é", "€", "<|startoftext|>", "<|im_end|>", "\ud800"):
-        yield f"{token!r} is new", json.dumps({**vocabulary, token: len(vocabulary)}).encode()
-    for _ in range(20):
-        one, other = rng.sample(list(vocabulary), 2)
-        swapped = {**vocabulary, one: vocabulary[other], other: vocabulary[one]}
-        yield f"{one!r} and {other!r} exchanged", json.dumps(swapped).encode()
-        less = {token: id for token, id in vocabulary.items() if token != one}
-        yield f"without {one!r}", json.dumps(less).encode()
-
-
-def of_tokenizer(data, rng):
-    """Every part of it of another kind; its vocabulary, its merges and its added tokens in disorder."""
-    raw = json.loads(data)
-    model, added = raw["model"], raw["added_tokens"][0]
-
-    def packed(**parts):
-        return json.dumps({**raw, **parts}).encode()
-
-    for case, vocabulary in of_vocabulary(json.dumps(model["vocab"]).encode(), rng):
-        yield case, packed(model={**model, "vocab": json.loads(vocabulary)})
-    for value in VALUES:
-        for part in raw:
-            yield f"{part} is {value!r}", packed(**{part: value})
-        for key in model:
-            yield f"model.{key} is {value!r}", packed(model={**model, key: value})
-        for key in raw["pre_tokenizer"]:
-            yield f"pre_tokenizer.{key} is {value!r}", packed(pre_tokenizer={**raw["pre_tokenizer"], key: value})
-        for key in added:
-            yield f"added_tokens[0].{key} is {value!r}", packed(added_tokens=[{**added, key: value}])
-            more = {**added, "content": "x" * 20, "id": added["id"] + len(model["vocab"]), key: value}
-            yield f"added_tokens[1].{key} is {value!r}", packed(added_tokens=[added, more])
-        merges = [*model["merges"], value]
-        yield f"the last merge is {value!r}", packed(model={**model, "merges": merges})
-        yield f"there are merges of {value!r}", packed(model={**model, "merges": [*model["merges"], [value, value]]})
-    for _ in range(40):
-        merges, at = list(model["merges"]), rng.randrange(len(model["merges"]))
-        how, changed = rng.choice([
-            ("repeat", [*merges, merges[at]]), ("drop", merges[:at] + merges[at + 1:]), ("cut", merges[:at]),
-            ("move", merges[:at] + merges[at + 1:] + [merges[at]]), ("turn", merges[::-1]),
-            ("add", [*merges, rng.sample(list(model["vocab"]), 2)]), ("join", [" ".join(merge) for merge in merges]),
-        ])
-        yield f"merges: {how} {at}", packed(model={**model, "merges": changed})
+def outcome_of(path):
+    try:
+        if "token" in path.name or path.name in ("vocab.json", "merges.txt"):
+            tokenizer = train_gpt2.load_tokenizer(path.parent)
+            ids = tokenizer.encode("Hello <|endoftext|>\n\0é€").ids
+            tokenizer.decode([*ids, *range(tokenizer.get_vocab_size())])
+        else:
+            model = train_gpt2.GPT.from_pretrained(path.parent)
+            model.generate(torch.tensor([[0, 1]]), 3)
+        return "answers"
+    except (train_gpt2.InputError, OSError) as error:
+        return "refused" if str(error) else "refused without a message"
+    except BaseException as error:  # noqa: BLE001 - a panic in Rust isn't an Exception
+        return f"{type(error).__name__}: {error!s:.200}"
 
 
 def test_every_damage_is_refused_or_answers(tmp_path):
-    import checkpoints as make  # not at the top: the other process does without transformers
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 8, "vocab_size": 300}
-    model = make.random_gpt2(**sizes, bos_token_id=0, eos_token_id=0)
-    make.save_tokenizer(tmp_path, make.train_bpe(vocab_size=300))
-    make.save_vocabulary(tmp_path, 300)
-    (tmp_path / "merges.txt").unlink()
-    model.save_pretrained(tmp_path, max_shard_size="6KB")
-    make.save(model, tmp_path / "whole", "hub")
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "whole" / name).replace(tmp_path / name)
-    (tmp_path / "whole" / "generation_config.json").unlink()
-    (tmp_path / "whole").rmdir()
-    process = subprocess.run([sys.executable, __file__, tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                             check=False, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    lines = process.stdout.splitlines()
-    assert process.returncode == 0 and lines[-1] == "the end", (lines[-1:], process.stderr[-3000:])
-    results = list(zip(lines[:-1:2], lines[1::2], strict=True))
-    wrong = [": ".join(result) for result in results if result[1] not in ("answers", "refused")]
+    import checkpoints  # here, because the other process does without transformers
+    paths = []
+    for kind, names in FILES.items():
+        tokenizer, layout = kind.split(" ", 1)
+        if layout in checkpoints.LAYOUTS:  # before torch 2.6, there are no .bin files among them
+            folder = tmp_path / kind
+            folder.mkdir()
+            checkpoints.write_checkpoint(folder, tokenizer, layout, n_layer=1, pad_token_id=1)
+            checkpoints.change_json(folder / "tokenizer_config.json", add_bos_token=False,
+                                    add_prefix_space=False, extra_special_tokens=[])
+            paths += [Path(kind, name) for name in names]
+    process = subprocess.run(
+        [sys.executable, __file__, *paths], cwd=tmp_path, check=False, capture_output=True,
+        encoding="utf-8", errors="replace", env=os.environ | {"PYTHONPATH": str(ROOT)})
+    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    assert process.returncode == 0, (lines[-1:], process.stderr[-3000:])
+    wrong = [str(line) for line in lines if line[0] not in ("trying", "refused", "answers")]
     assert not wrong, "\n".join(wrong)
-    counts = Counter(result for _, result in results)
-    assert counts["refused"] > 1500 and counts["answers"] > 300, counts  # what is harmless must not be refused
+    for path in paths:  # the last case of each file
+        assert ["answers", f"{path}: nothing"] in lines, path
+    counts = Counter(outcome for outcome, _ in lines)
+    assert counts["refused"] > 3000 and counts["answers"] > 1200, counts  # what is harmless answers
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

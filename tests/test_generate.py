@@ -1,6 +1,7 @@
-"""Promise: generate() takes the steps, draws the tokens and ends the rows of transformers'
-generate(), to the last bit."""
+"""Promise: generate() takes the steps, samples the tokens and ends the rows of transformers'
+generate(), to the last bit, and makes the device wait no more often."""
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from checkpoints import (
     save,
 )
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt2
 
@@ -54,7 +56,7 @@ def assert_same_tokens(ours, theirs, idx, max_length, seed, temperature, top_k):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hs", [64, 8, 7, 1])
 def test_every_steps_logits(tmp_path, monkeypatch, hs, dtype, device):
-    """Odd sizes of heads too: where rows lie in the cache can change how a product is rounded."""
+    """For odd head sizes too: how rows lie in the cache can change the rounding of a product."""
     if not same_scale(hs, dtype):
         pytest.skip(OTHER_SCALE)
     steps, sample = [], train_gpt2.sample
@@ -77,14 +79,14 @@ def test_every_steps_logits(tmp_path, monkeypatch, hs, dtype, device):
 
 
 @pytest.mark.parametrize("hs", [64, 7])
-def test_keys_and_values_lie_in_memory_as_transformers_have_them(tmp_path, monkeypatch, hs):
-    """Where they lie can change the rounding, but on which machines and for which sizes differs: so
-    this looks at their strides. In the cache, heads that fill whole 32 bytes need not be copied."""
+def test_keys_and_values_lie_in_memory_as_in_transformers(tmp_path, monkeypatch, hs):
+    """How they lie can change the rounding, but only on some machines and for some sizes. So this
+    looks at their strides. Heads that fill whole 32 bytes need no copy from the cache."""
     strides, attend = [], F.scaled_dot_product_attention
 
     def spy(q, k, v, **how):
-        # The stride of a dimension of length 1 is never used.
-        strides.append([[tensor.stride(d) for d in range(4) if tensor.shape[d] > 1] for tensor in (k, v)])
+        for tensor in (k, v):  # the stride of a dimension of length 1 is never used
+            strides.append([tensor.stride(d) for d in range(4) if tensor.shape[d] > 1])
         return attend(q, k, v, **how)
 
     ours, theirs = pair(save(random_gpt2(**SIZES | {"n_embd": 2 * hs}), tmp_path))
@@ -100,6 +102,58 @@ def test_keys_and_values_lie_in_memory_as_transformers_have_them(tmp_path, monke
             seen.append(list(strides))
         assert seen[0] == seen[1]
         assert seen[0]
+
+
+class Counting(TorchDispatchMode):
+    """Counts what is computed, and how often the host looks at a tensor, which waits for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        waits = name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+        if not func.is_view:
+            self.counts["waits" if waits else "kernels"] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+def test_one_wait_and_no_more_kernels_per_token(plain, temperature):
+    ours, theirs = pair(plain)
+    how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "top_k": 50}
+    idx = random_idx(ours, 2, 5)
+    mask = torch.ones_like(idx)
+    calls = {"ours": lambda length: ours.generate(idx, length, temperature),
+             "theirs": lambda length: theirs.generate(idx, attention_mask=mask, max_length=length,
+                                                      eos_token_id=300, pad_token_id=300, **how)}
+    ours.config.eos_token_id = 300
+    per_token = {}
+    for name, call in calls.items():
+        counts = []
+        for length in (10, 30):
+            torch.manual_seed(0)
+            with Counting() as counting:
+                assert call(length).shape[1] == length, "a row has ended, so this shows nothing"
+            counts.append(counting.counts)
+        per_token[name] = {kind: (counts[1][kind] - counts[0][kind]) / 20 for kind in counts[0]}
+    assert per_token["ours"]["waits"] == 1
+    assert per_token["theirs"]["waits"] >= 1
+    assert per_token["ours"]["kernels"] <= per_token["theirs"]["kernels"], per_token
+
+
+@pytest.mark.parametrize("ids", [{"eos_token_id": 3}, {"eos_token_id": None}], ids=str)
+def test_the_generators_state_afterwards(ending, ids):
+    """It is the one that transformers leaves behind, also after an early end."""
+    ours, theirs = pair(ending)
+    ours.config.eos_token_id = theirs.generation_config.eos_token_id = ids["eos_token_id"]
+    for seed in range(5):
+        assert_same_tokens(ours, theirs, random_idx(ours, 3, 2, seed), 48, seed, 1.0, 50)
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        ours.generate(random_idx(ours, 3, 2, seed), 48)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("top_k", [1, 50, 0, 999])
@@ -137,8 +191,9 @@ def test_texts_that_end(ending, device, temperature, top_k):
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("ids", [
-    {"eos_token_id": 5}, {"eos_token_id": [5]}, {"eos_token_id": [5, 7]}, {"eos_token_id": [3, 50256]},
-    {"eos_token_id": [7, 3], "pad_token_id": 0}, {"eos_token_id": 3, "pad_token_id": 9},
+    {"eos_token_id": 5}, {"eos_token_id": [5]}, {"eos_token_id": [5, 7]},
+    {"eos_token_id": [3, 50256]}, {"eos_token_id": [7, 3], "pad_token_id": 0},
+    {"eos_token_id": 3, "pad_token_id": 9},
     {"eos_token_id": None}, {"eos_token_id": None, "pad_token_id": 2}, {"pad_token_id": 2},
 ], ids=str)
 def test_the_ids_that_end_a_text(ending, tmp_path, file, ids):
@@ -152,8 +207,8 @@ def test_the_ids_that_end_a_text(ending, tmp_path, file, ids):
 
 
 def test_a_row_is_filled_up_even_with_what_the_model_does_not_have(ending, tmp_path):
-    """A tokenizer got a [PAD], and the model was not resized: transformers fails as the first row
-    ends. What fills a row up is never shown to the model here."""
+    """A tokenizer got a [PAD], but the model was not resized. transformers fails when the first row
+    ends. Here, the model never sees what fills a row up."""
     for name in ["config.json", "model.safetensors"]:
         (tmp_path / name).write_bytes((ending / name).read_bytes())
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3, "pad_token_id": 10}')
@@ -192,10 +247,12 @@ def test_defaults(plain):
     assert torch.equal(tokens, ours.generate(idx, 20, temperature=1.0, top_k=50))
 
 
-def test_a_block_taken_out(plain):
-    """Generation asks the model for its blocks, not its config."""
+@pytest.mark.parametrize("taken_out", [0, 1], ids=["whole", "a block taken out"])
+def test_the_cache_changes_no_token(plain, taken_out):
+    """Greedy tokens are those of a loop without a cache. Generation counts the blocks that the
+    model has, not those of its config."""
     ours, _ = pair(plain)
-    del ours.transformer.h[0]
+    del ours.transformer.h[:taken_out]
     idx = random_idx(ours, 2, 5)
     steps = idx
     for _ in range(10):
