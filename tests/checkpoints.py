@@ -311,6 +311,11 @@ TOKENIZERS = {
 }
 
 
+DECODED_TOGETHER = {"WordPiece", "metaspace"} if TRANSFORMERS < (5, 0) else set()
+DECODED_TOGETHER_WHY = ("transformers 4 decodes the new tokens together with the prompt's, which "
+                        "these decoders treat differently from a text's first tokens")
+
+
 # Every kind of model
 
 RELATIVES = {

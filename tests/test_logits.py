@@ -63,6 +63,8 @@ def test_shapes_and_dtypes(tmp_path, shape, dtype, device):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_layouts(tmp_path, layout, tied, device):
+    if layout == "hub" and not tied and TRANSFORMERS < (5, 0):
+        pytest.skip("transformers 4 can't read a head of its own beside names without a prefix")
     model = random_gpt2(**SHAPES[0], tie_word_embeddings=tied)
     ours, theirs = pair(save(model, tmp_path, layout), device=device)
     assert tied == (ours.lm_head.weight is ours.transformer.wte.weight)
@@ -188,9 +190,9 @@ def test_the_tied_pair_in_a_file(tmp_path, change):
     """Either name is enough. A head that differs from wte is used, as by transformers 5."""
     folder = save(random_gpt2(**SHAPES[0]), tmp_path)
     rewrite(folder, change)
+    if TRANSFORMERS < (5, 0):
+        pytest.skip("transformers 4 reads only wte.weight of the pair")
     ours, theirs = pair(folder)
-    if TRANSFORMERS < (5, 0) and len(load_file(folder / "model.safetensors")) % 2:
-        pytest.skip("transformers 4 takes wte.weight for the head, whatever else is stored")
     tied = theirs.lm_head.weight is theirs.transformer.wte.weight
     assert tied == (ours.lm_head.weight is ours.transformer.wte.weight)
     assert_equal_logits(ours, theirs, 2, 9)
@@ -222,8 +224,9 @@ def test_the_dtype_is_the_one_that_transformers_takes(tmp_path, field, dtype, fo
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = {name: tensor.to(stored) for name, tensor in model.state_dict().items()}
     del tensors["lm_head.weight"]
-    last = "transformer.wte.weight" if format == "saved" else "transformer.ln_f.bias"
-    tensors[last] = tensors[last].to(torch.float64)  # the first by name, or in the pickle, decides
+    # The first tensor by name decides, or in a pickle the first that was written, which is wte.
+    other = "transformer.wte.weight" if format == "saved" else min(tensors)
+    tensors[other] = tensors[other].to(torch.float64)
     if format == "saved":
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     else:

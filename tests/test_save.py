@@ -13,6 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import (
+    DECODED_TOGETHER,
+    DECODED_TOGETHER_WHY,
     DTYPES,
     LAYOUTS,
     RELATIVES,
@@ -52,6 +54,8 @@ def assert_weights(weights, *models):
 def test_saved_and_read_again(tmp_path, capsys, kind):
     """By us and by transformers: the same model, tokens and words; saved again, the same bytes."""
     name, layout, dtype, relative = kind
+    if name in DECODED_TOGETHER:
+        pytest.skip(DECODED_TOGETHER_WHY)
     mine, again, by_them = tmp_path / "mine", tmp_path / "again", tmp_path / "by them"
     folder = write_checkpoint(tmp_path, name, layout, dtype, **RELATIVES[relative])
     gpt, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)

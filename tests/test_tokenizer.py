@@ -147,11 +147,9 @@ def test_clean_up_is_followed_for_bpe_and_refused_for_others(tmp_path):
 
 # No tokenizer: the Hub's gpt2's if config.json is gpt2's, else none
 
-@pytest.mark.parametrize(("config", "taken"), [
-    ({}, True), ({"vocab_size": 50304}, True), ({"eos_token_id": [50256, 198]}, True),
-    ({"vocab_size": 50256}, False), ({"eos_token_id": 0}, False), ({"eos_token_id": None}, False),
-], ids=str)
-def test_no_tokenizer(tmp_path, tiny, config, taken):
+@pytest.mark.parametrize("config", [{}, {"vocab_size": 50304, "eos_token_id": [50256, 198]}],
+                         ids=["gpt2's", "more ids"])
+def test_no_tokenizer_but_gpt2s_config(tmp_path, tiny, config):
     mine = tmp_path / "gpt2"  # a local folder of that name must not stand for the Hub's
     GPT2Config(**config).save_pretrained(mine)
     code = "from train_gpt2 import *; print(load_tokenizer('gpt2').get_vocab_size())"
@@ -159,14 +157,36 @@ def test_no_tokenizer(tmp_path, tiny, config, taken):
         env = os.environ | hub.env(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}
         process = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, check=False,
                                  capture_output=True, text=True)
-    if taken:
-        assert process.stdout.strip() == "400"
-        assert "has no tokenizer: using gpt2's" in process.stderr
-        assert not any("safetensors" in path for _, path in hub.requests)
-    else:
-        assert "InputError: gpt2 has no tokenizer" in process.stderr
-        assert "save_pretrained(folder, tokenizer)" in process.stderr
-        assert not hub.requests
+    assert process.stdout.strip() == "400", process.stderr
+    assert "has no tokenizer: using gpt2's" in process.stderr
+    assert not any("safetensors" in path for _, path in hub.requests)
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 50256}, {"eos_token_id": 0},
+                                    {"eos_token_id": None}, "tokenizer_config.json"], ids=str)
+def test_no_tokenizer_and_another_config(tmp_path, offline, config):
+    """gpt2's would not be the model's. A tokenizer_config.json shows that there was another kind."""
+    if config == "tokenizer_config.json":
+        (tmp_path / config).write_text("{}")
+        config = {}
+    GPT2Config(**config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"has no tokenizer.*save_pretrained\(folder, tokenizer\)"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_tokenizer_in_the_cached_gpt2_either(tmp_path, tiny):
+    """As after GPT2LMHeadModel.from_pretrained("gpt2"), when the network is gone."""
+    served = tmp_path / "served"
+    shutil.copytree(tiny, served)
+    for name in ("vocab.json", "merges.txt"):
+        (served / name).unlink()
+    GPT2Config().save_pretrained(tmp_path / "mine")
+    code = "from train_gpt2 import *; load_tokenizer('mine')"
+    with StandInHub({"gpt2": served}) as hub:
+        env = os.environ | hub.env(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, check=False,
+                                 capture_output=True, text=True)
+    assert process.stderr.splitlines()[-1].startswith("train_gpt2.InputError: mine has no tokenizer")
 
 
 def test_added_tokens_json_beside_tokenizer_json_changes_nothing(tmp_path):

@@ -49,6 +49,13 @@ def test_initialised_as_gpt2_is(fresh):
     assert sum(p.numel() for p in fresh.parameters()) == 124_439_808
 
 
+def test_an_untied_head_starts_by_itself():
+    model = GPT(GPTConfig(n_layer=1, tie_word_embeddings=False))
+    head, wte = model.lm_head.weight, model.transformer.wte.weight
+    assert head is not wte and not torch.equal(head, wte)
+    assert abs(head.std() / 0.02 - 1) < 0.01
+
+
 def test_a_fresh_model_learns():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32))

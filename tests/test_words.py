@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from checkpoints import (
+    DECODED_TOGETHER,
+    DECODED_TOGETHER_WHY,
     EOT,
     LAYOUTS,
     RELATIVES,
@@ -28,7 +30,7 @@ from checkpoints import (
 from hub import StandInHub
 from transformers import pipeline
 
-from train_gpt2 import GPT, main
+from train_gpt2 import GPT, load_tokenizer, main
 
 PROMPTS = ["Hello, I'm a language model,", "", " ", "  two spaces, and a tab\t", "new\nlines\n\n",
            "emoji 🙂🏳️‍🌈 日本語 العربية", EOT, f"one{EOT} two{EOT}", "naïve Ünïcödé ﬁ\u00a0\u2028",
@@ -63,6 +65,8 @@ def assert_same_words(capsys, folder, prompts):
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_every_kind_of_tokenizer(tmp_path, capsys, tokenizer):
+    if tokenizer in DECODED_TOGETHER:
+        pytest.skip(DECODED_TOGETHER_WHY)
     assert_same_words(capsys, write_checkpoint(tmp_path, tokenizer), PROMPTS)
 
 
@@ -99,6 +103,13 @@ def test_texts_that_end(tmp_path, capsys, ends):
         model.transformer.ln_f.bias.copy_(0.5 * model.transformer.wte.weight[likely].sum(0))
     save(model, folder)
     assert_same_words(capsys, folder, PROMPTS)
+
+
+def test_an_empty_prompt_starts_from_bos(tmp_path, capsys):
+    """Where that is an ordinary token, it is printed, as in the pipeline."""
+    folder = write_checkpoint(tmp_path, bos_token_id=20)
+    assert words(capsys, folder, "").startswith(f"> {load_tokenizer(folder).decode([20])}")
+    assert_same_words(capsys, folder, [""])
 
 
 def test_a_text_that_ends_at_once_is_only_the_prompt(tmp_path, capsys):
