@@ -97,9 +97,6 @@ class GPTConfig:
         return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
 
-SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
-
-
 class Conv1D(nn.Module):
     """A linear layer, x @ weight + bias: (..., n_in) → (..., n_out).
 
@@ -147,12 +144,12 @@ def attend(q, k, v, scale):
     → (B, nh, T, hs). The mask is 0 for tokens that may be attended to, and -inf for later ones.
     A single token needs no mask, since none is later; if T > 1, the cache was empty and S is T."""
     # BITS: transformers attends to contiguous copies of k and v, and their strides and alignment
-    # can change the rounding. In a KVCache (stride hs), rows of whole 32-byte blocks needn't move.
+    # can change the rounding. KVCache rows (stride hs) of whole 32-byte blocks need no copy.
     hs = k.shape[3]
     if k.stride(2) != hs or hs * k.element_size() % 32 != 0:
         k = k.clone(memory_format=torch.contiguous_format)
         v = v.clone(memory_format=torch.contiguous_format)
-    is_causal = True if q.shape[2] > 1 else False  # noqa: SIM210 - compiled, > gives no real bool
+    is_causal = True if q.shape[2] > 1 else False  # noqa: SIM210 - when compiled, > isn't a bool
     # BITS: the default scale, 1 / sqrt(hs), can differ from hs**-0.5 in the last bit.
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
 
@@ -230,12 +227,12 @@ class Block(nn.Module):
 
 
 def embedding(rows, width):
-    """An uninitialized nn.Embedding. FAST: to initialize it on meta would import torch._dynamo."""
+    """An uninitialized nn.Embedding. FAST: initializing it on meta would import torch._dynamo."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class GPT(nn.Module):
-    """GPT-2 with its language modeling head. GPT(config) has random weights, as GPT-2 started.
+    """GPT-2 with its language modeling head. GPT(config) has GPT-2's random starting weights.
 
     Names and shapes of the parameters match those of transformers' GPT2LMHeadModel. There is no
     dropout, and the loss is up to you: see the README.
@@ -255,7 +252,7 @@ class GPT(nn.Module):
         self.lm_head.weight = (self.transformer.wte.weight if config.tie_word_embeddings
                                else nn.Parameter(torch.empty(V, C)))
         for name, p in self.named_parameters():
-            # FAST: not on meta. Biases are 0 already, and the weights of LayerNorm are 1.
+            # FAST: skips meta tensors. Biases are already 0, and LayerNorm weights 1.
             if p.ndim == 2 and not p.is_meta:
                 std = 0.02
                 if name.endswith("c_proj.weight"):
@@ -287,8 +284,8 @@ class GPT(nn.Module):
         """Continue each row of idx (B, T) int64: (B, at most max_length) int64, prompt included.
 
         Samples from the top_k likeliest tokens with torch's global generator; top_k=0 samples from
-        all tokens, temperature=0 takes the likeliest. After an eos token, a row is filled up with
-        pad_token_id; once all rows have one, generation stops. The rows of idx must not be padded
+        all tokens, temperature=0 takes the likeliest. After its eos token, a row is filled up with
+        pad_token_id; once every row has ended, generation stops. The rows of idx must not be padded
         to one length, since padding would be read as text. Raises InputError.
         """
         config = self.config
@@ -305,7 +302,7 @@ class GPT(nn.Module):
             for _ in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):
                 logits = self(new, caches=caches)[:, -1].float()  # (B, V)
                 new, finite = sample(logits, temperature, top_k)  # (B, 1), ()
-                # The model still gets the tokens of rows that have ended; nobody else does.
+                # The model still gets what ended rows sample; the result gets `fill` instead.
                 idx = torch.cat((idx, new.masked_fill(ended, fill)), dim=1)
                 ended = ended | (new == eos).any(dim=1, keepdim=True)
                 # Checking a tensor means waiting for the GPU, so check once per token.
@@ -327,7 +324,7 @@ class GPT(nn.Module):
         """
         folder = find_folder(name)
         config, weights = read_config(folder), read_weights(folder)
-        # Of a tied pair, the file may hold either. If it holds two that differ, they aren't tied.
+        # A file may hold either of a tied pair. If it holds both and they differ, they're untied.
         wte = weights.get("transformer.wte.weight", weights.get("lm_head.weight"))
         head = weights.get("lm_head.weight", wte)
         if config.tie_word_embeddings and wte is not None:
@@ -360,7 +357,7 @@ class GPT(nn.Module):
         """
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         head, wte = self.lm_head.weight, self.transformer.wte.weight
-        tied = head is wte or self.config.tie_word_embeddings and torch.equal(head, wte)
+        tied = head is wte or (self.config.tie_word_embeddings and torch.equal(head, wte))
         if tied:
             del weights["lm_head.weight"]
         config = asdict(self.config) | {
@@ -369,7 +366,7 @@ class GPT(nn.Module):
             "dtype": str(wte.dtype).removeprefix("torch.")}
         ids = {name: config[name] for name in SPECIAL_IDS}
         files = {"config.json": config, "generation_config.json": ids}
-        stale = []  # what an older tokenizer has left, and would be read with the new one
+        stale = []  # an older tokenizer's files, which would be read with the new one's
         if tokenizer is not None:
             files["tokenizer.json"] = json.loads(tokenizer.to_str())
             files["tokenizer_config.json"] = tokenizer_config(tokenizer, self.config)
@@ -399,8 +396,8 @@ def sample(logits, temperature, top_k):
     """The next token of each row, sampled as in transformers: logits (B, V) float32 → (B, 1) int64;
     and () bool, False if NaN or infinite logits make the tokens meaningless.
 
-    The lecture samples from the k likeliest only. Here the others stay in, with probability 0, so
-    the same seed gives different tokens, from the same distribution.
+    The lecture samples from the k likeliest only. Here the others stay in, with probability 0, so a
+    seed gives tokens other than the lecture's, from the same distribution.
     """
     logits = logits / (temperature or 1.0)
     finite = (logits.amax(dim=-1).abs() < math.inf).all()  # NaN isn't less than anything
@@ -444,13 +441,18 @@ def check_generate(config, idx, max_length, temperature, top_k):
 # Checkpoints: the folder, and the config, the weights and the tokenizer in it
 
 
+DTYPES = ["float32", "float64", "bfloat16", "float16"]
+SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
+EOT = "<|endoftext|>"  # gpt2's special token
+
+
 def find_folder(name, weights=True):
     """The Path of the folder `name`, or else of the Hub's model of that name, downloaded."""
     return Path(name) if Path(name).is_dir() else download(name, weights)
 
 
 def download(name, weights=True):
-    """Download those files of a Hub model that are read here; return the Path of its folder."""
+    """Download the files of a Hub model that are read here; return its folder's Path."""
     from huggingface_hub import snapshot_download  # FAST: rarely needed
     files = ["config.json", "generation_config.json",
              "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
@@ -463,7 +465,7 @@ def download(name, weights=True):
             fallback += ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
         if not (folder / "tokenizer.json").exists():
             fallback += ["vocab.json", "merges.txt", "added_tokens.json"]
-        if fallback:  # of the same revision, which the folder is named after
+        if fallback:  # folder.name is the commit: stay on that one
             snapshot_download(str(name), revision=folder.name, allow_patterns=fallback)
     except Exception as error:  # noqa: BLE001 - huggingface_hub's and its HTTP library's
         raise OSError(f"{name} was not found locally, and could not be downloaded from the Hugging "
@@ -517,15 +519,12 @@ def read_config(folder):
         raise InputError(f"config.json (or generation_config.json) in {folder}: {error}") from None
 
 
-DTYPES = ["float32", "float64", "bfloat16", "float16"]
-
-
 def read_weights(folder):
     """{name in GPT's state_dict: tensor} of a folder, in the dtype that transformers would use:
-    config.json's, or else that of the first tensor."""
-    tensors, raw = read_tensors(folder), read_json(folder / "config.json")
-    stored = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or (stored[0] if stored else None)
+    config.json's, or else that of the first float tensor."""
+    tensors, config = read_tensors(folder), read_json(folder / "config.json")
+    floats = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    dtype = config.get("dtype") or config.get("torch_dtype") or (floats[0] if floats else None)
     dtype = str(dtype).removeprefix("torch.")
     weights = {}
     for name, tensor in tensors.items():
@@ -548,20 +547,20 @@ def read_tensors(folder):
             return read_file(folder / name)
         index = folder / f"{name}.index.json"
         if index.exists():
-            shards = read_json(index).get("weight_map")  # {tensor: file}
-            if not isinstance(shards, dict) or not shards:
+            files = read_json(index).get("weight_map")  # {tensor: file}
+            if not isinstance(files, dict) or not files:
                 raise damaged(index, "it has no weight_map")
             tensors = {}
-            for shard in sorted({str(shard) for shard in shards.values()}):
-                if Path(shard).name != shard or not shard.isprintable():  # ../../elsewhere, say
-                    raise damaged(index, f"{shard} isn't the name of a file")
-                tensors |= read_file(folder / shard)
+            for file in sorted(set(map(str, files.values()))):
+                if Path(file).name != file or not file.isprintable():  # such as ../../x
+                    raise damaged(index, f"{file} isn't the name of a file")
+                tensors |= read_file(folder / file)
             return tensors
     raise FileNotFoundError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
 
 def read_file(path):
-    """The tensors of a file by name, memory-mapped unless it predates the format of torch 1.6.
+    """The tensors of a file by name, memory-mapped if possible.
 
     A .bin file is a pickle, which could run any code. weights_only=True prevents that, but before
     torch 2.6 there was a way around it (CVE-2025-32434).
@@ -570,15 +569,15 @@ def read_file(path):
         raise InputError(f"reading {path} safely needs torch 2.6 or later, but this is "
                          f"{torch.__version__}: upgrade torch, or use a model.safetensors")
     try:
-        if path.suffix == ".safetensors":  # sorted, because the first may set the dtype
+        if path.suffix == ".safetensors":  # by name: the first may set the dtype
             return dict(sorted(safetensors.torch.load_file(path).items()))
-        mmap = zipfile.is_zipfile(path)
+        mmap = zipfile.is_zipfile(path)  # since torch 1.6
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
                    for name, tensor in tensors.items()):
             raise pickle.UnpicklingError
         return tensors
-    except pickle.UnpicklingError:  # torch's message advises to run the code
+    except pickle.UnpicklingError:  # ours, or torch's, which advises to run the code
         raise damaged(path, "it contains more than tensors; no code in it was run") from None
     except Exception as error:  # noqa: BLE001 - a damaged file can raise almost anything
         raise damaged(path, error) from None
@@ -592,31 +591,31 @@ def load_tokenizer(name):
     """
     folder = tokenizer_folder(find_folder(name, weights=False))
     settings = read_json(folder / "tokenizer_config.json", default={})
-    if "added_tokens_decoder" not in settings:  # older folders have more files
+    if "added_tokens_decoder" not in settings:  # older folders have a second file
         settings |= read_json(folder / "special_tokens_map.json", default={})
-    added = {}  # {token: id}
+    added = {}  # {token: id}, in older folders
     path = folder / "tokenizer.json"
     if not path.exists():
         path = folder / "vocab.json"
         settings = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT} | settings
         added = read_json(folder / "added_tokens.json", default={})
     try:
-        if path.name == "tokenizer.json":
-            tokenizer = Tokenizer.from_file(str(path))
-        else:
+        if path.name == "vocab.json":
             tokenizer = Tokenizer(models.BPE.from_file(str(path), str(folder / "merges.txt")))
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
         specials = special_tokens(settings)
         tokenizer.add_tokens([AddedToken(token, special=token in specials)
                               for token in sorted(added, key=added.get)])
-        # decode() leaves out special tokens. Those that are added already keep their options.
+        # Makes decode() skip these. Those in `known` keep their options, such as lstrip.
         known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
         tokenizer.add_special_tokens([known.get(token, token) for token in specials])
     except Exception as error:  # noqa: BLE001 - tokenizers raises nothing more specific
         raise damaged(path, error) from None
     refused = ["add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens"]
-    if not isinstance(tokenizer.model, models.BPE):  # transformers ignores this one for BPE
+    if not isinstance(tokenizer.model, models.BPE):  # for BPE, transformers ignores the next one
         refused.append("clean_up_tokenization_spaces")
     for setting in refused:
         if settings.get(setting):
@@ -626,11 +625,8 @@ def load_tokenizer(name):
     return tokenizer
 
 
-EOT = "<|endoftext|>"  # gpt2's special token
-
-
 def tokenizer_folder(folder):
-    """The folder itself if it has a tokenizer; that of the Hub's gpt2 if its config is gpt2's."""
+    """The folder itself if it has a tokenizer, or the Hub's gpt2's if its config is like gpt2's."""
     def has_one(folder):
         files = {path.name for path in folder.iterdir()}
         return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
@@ -639,7 +635,7 @@ def tokenizer_folder(folder):
         return folder
     config = read_config(folder)
     if (50256 in config.eos_token_ids and config.vocab_size >= 50257
-            and not (folder / "tokenizer_config.json").exists()):  # which another kind would have
+            and not (folder / "tokenizer_config.json").exists()):  # other kinds would have one
         print(f"{folder} has no tokenizer: using gpt2's", file=sys.stderr)
         gpt2 = download("gpt2", weights=False)
         if has_one(gpt2):
@@ -676,7 +672,7 @@ def tokenizer_config(tokenizer, config):
 
 
 def main(argv=None):
-    """Exits with 2 after bad input, explained in stderr's last line, and with 130 after Ctrl-C."""
+    """Exit status: 2 after bad input (stderr's last line says why), 130 after Ctrl-C."""
     gc.freeze()  # FAST: so that Python doesn't scan everything imported for garbage at exit
     parser = argparse.ArgumentParser(
         "train_gpt2.py", description="Complete a prompt with GPT-2.", usage=argparse.SUPPRESS,
@@ -703,7 +699,7 @@ def main(argv=None):
         sys.exit(130)
     except (InputError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # every RuntimeError is a bug, except running out of memory
+            raise  # only running out of memory says "allocate"; all others are bugs
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
 
 
@@ -728,12 +724,13 @@ def complete(model, prompt, num_return_sequences, max_length, temperature, top_k
     torch.manual_seed(seed)
     rows = gpt.generate(idx.repeat(num_return_sequences, 1), max_length, temperature, top_k)
     for row in rows.tolist():
-        # As in the pipeline: the prompt as it was given, then the new tokens without special ones.
+        # The prompt as given, then the new tokens (after an empty prompt, bos too). As in the
+        # pipeline, decode() skips special tokens.
         print(">", prompt + tokenizer.decode(row[len(ids):]), flush=True)
 
 
 def find_device(name):
-    """A working device by torch's name for it; "auto" finds the best. Raises InputError if none."""
+    """A device name that torch can use; "auto" picks the best. Raises InputError if it can't."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
