@@ -3,8 +3,9 @@
     python tests/benchmark.py
 
 It makes its checkpoints in a temporary folder; random weights are as fast as trained ones. It takes
-half an hour on two cores; --only runs a part. Ratios are ours over the peer's: of seconds, below 1
-is faster; of tokens/s, above 1.
+half an hour on two cores; --only runs a part. A ratio is our time over the other's in the same
+round: the table has the median of these ratios, then the lowest and the highest. It can differ from
+the ratio of the two median times beside it.
 """
 import argparse
 import importlib.util
@@ -20,16 +21,12 @@ import tempfile
 import time
 from pathlib import Path
 
-# Set before transformers is imported, here and by the peers: no warnings, no questions to the Hub
-os.environ.update(TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1",
-                  HF_HUB_OFFLINE="1", PYTHONUTF8="1")
-
 import torch
 import transformers
 from checkpoints import REAL_TOKENIZER, ROOT, random_gpt2, save, save_vocab_json
 
 sys.path.insert(0, str(ROOT))
-from train_gpt2 import GPT, Conv1D
+from train_gpt2 import GPT
 
 PROMPT = 8  # tokens in a row before the first new one, as in the script's own prompt
 
@@ -45,7 +42,7 @@ for text in generator(prompt, **new, num_return_sequences=5, temperature=1.0, do
 """
 
 # As in the lecture: transformers' weights are copied into modules of its own, and each token takes
-# a run over all tokens before it. It samples from the 50 likeliest alone, so its text differs.
+# a run over all tokens before it. It samples from the 50 most likely alone, so its text differs.
 LECTURE = """
 import sys, tiktoken, torch
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -87,16 +84,14 @@ class GPT(nn.Module):
             x = block(x)
         return self.lm_head(self.transformer.ln_f(x))
 
-def load(folder):
-    peer = GPT2LMHeadModel.from_pretrained(folder)
-    model, weights = GPT(peer.config), peer.state_dict()
+folder, device = sys.argv[1:]
+peer = GPT2LMHeadModel.from_pretrained(folder)
+model, weights = GPT(peer.config), peer.state_dict()
+with torch.no_grad():
     for name, p in model.state_dict().items():
         conv1d = name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
         p.copy_(weights[name].t() if conv1d else weights[name])
-    return model
-
-folder, device = sys.argv[1:]
-model = load(folder).eval().to(device)
+model.eval().to(device)
 ranks = data_gym_to_mergeable_bpe_ranks(f"{folder}/merges.txt", f"{folder}/vocab.json")
 tokenizer = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                               special_tokens={})
@@ -114,7 +109,7 @@ LOAD = """
 import sys, time
 {}
 start = time.perf_counter()
-model = {}
+model = {}.from_pretrained(sys.argv[1])
 print(time.perf_counter() - start)
 """
 
@@ -123,16 +118,15 @@ TRAIN = """
 import json, statistics, sys, time, torch
 from torch.nn import functional as F
 {}
-folder, device, autocast = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
-model = {}.to(device)
+model = {}.from_pretrained(sys.argv[1]).to(sys.argv[2])
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-idx = torch.randint(50257, (4, 129), generator=torch.Generator().manual_seed(0)).to(device)
+idx = torch.randint(50257, (4, 129), generator=torch.Generator().manual_seed(0)).to(sys.argv[2])
 seconds, losses = [], []
 for _ in range(5):
     start = time.perf_counter()
-    with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=autocast):
-        logits = {}
-        loss = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
+    logits = model(idx[:, :-1])
+    logits = getattr(logits, "logits", logits)
+    loss = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -140,6 +134,9 @@ for _ in range(5):
     seconds.append(time.perf_counter() - start)
 print(json.dumps([statistics.median(seconds[1:]), losses]))
 """
+
+SIDES = {"ours": ("from train_gpt2 import GPT", "GPT"),
+         "transformers": ("from transformers import GPT2LMHeadModel as M", "M")}
 
 # A small process in between, since the peak memory of a child is at least that of its parent.
 COLD = """
@@ -161,39 +158,6 @@ def cold(*arguments, cwd=ROOT):
     done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8",
                           errors="replace", check=False)
     return json.loads(done.stdout) if done.returncode == 0 else sys.exit(done.stderr)
-
-
-def writer(model, B, length, per_second=False):
-    """A run for compare(): sample B rows up to length. Milliseconds a step, or tokens a second."""
-    idx = torch.arange(B * PROMPT, device=next(model.parameters()).device).view(B, PROMPT)
-    theirs = {"do_sample": True, "top_k": 50, "attention_mask": torch.ones_like(idx)}
-    if not isinstance(model, transformers.PreTrainedModel):
-        theirs = {}
-
-    def run():
-        torch.manual_seed(42)
-        start = time.perf_counter()
-        out = model.generate(idx, max_length=length, **theirs).cpu()  # .cpu() waits for the GPU
-        step = (time.perf_counter() - start) / (length - PROMPT)
-        return B / step if per_second else 1000 * step, None, out.tolist()
-    return run
-
-
-def products(model, B):
-    """A run for compare(): only the matrix products of one token in B rows, in milliseconds."""
-    layers = [module for module in model.modules() if isinstance(module, (Conv1D, torch.nn.Linear))]
-    sizes = [module.weight.shape[module is model.lm_head] for module in layers]  # of what goes in
-    x = {n: torch.randn(B, 1, n, device=model.lm_head.weight.device) for n in sizes}
-
-    def run():
-        start = time.perf_counter()
-        with torch.inference_mode():
-            for _ in range(20):
-                for layer, n in zip(layers, sizes):
-                    y = layer(x[n])
-        y.cpu()
-        return 1000 * (time.perf_counter() - start) / 20, None, None
-    return run
 
 
 def compare(what, unit, rounds, runs):
@@ -218,6 +182,41 @@ def compare(what, unit, rounds, runs):
                f"{min(ratios):.2f}–{max(ratios):.2f}", "" if peer[0][2] is None else same)
 
 
+def whole(what, folder, args, **more):
+    """Whole processes: the command, the pipeline, and the older version if there is one."""
+    def script(root):
+        return lambda: cold("train_gpt2.py", "--model", folder, "--device", args.device, cwd=root)
+
+    runs = {"ours": script(ROOT), "pipeline": lambda: cold("-c", PIPELINE, folder, args.device)}
+    if args.older:
+        more["older version"] = script(args.older)
+    yield from compare(what, "s", args.rounds, runs | more)
+
+
+def job(folder, args):
+    lecture = {"a lecture's script": lambda: (*cold("-c", LECTURE, folder, args.device)[:2], None)}
+    yield from whole("the command", folder, args, **lecture)
+
+
+def old(folder, args):
+    """Folders as transformers 4 and before left them: a .bin file, then also no tokenizer.json."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    save(model, folder / "bin", "bin")
+    for name in "tokenizer.json", "vocab.json", "merges.txt":
+        if (folder / name).exists():
+            shutil.copy(folder / name, folder / "bin")
+    yield from whole("the command, .bin", folder / "bin", args)
+    (folder / "bin" / "tokenizer.json").unlink(missing_ok=True)
+    yield from whole("the command, .bin and vocab.json", folder / "bin", args)
+
+
+def load(folder, args):
+    def timed(side):
+        return lambda: (float(cold("-c", LOAD.format(*SIDES[side]), folder)[2]), None, None)
+    yield from compare("from_pretrained, 124M", "s", args.rounds, {name: timed(name)
+                                                                  for name in SIDES})
+
+
 def load_older(folder):
     """The GPT of another version of the script, which stays apart from this one."""
     spec = importlib.util.spec_from_file_location("older", folder / "train_gpt2.py")
@@ -226,119 +225,77 @@ def load_older(folder):
     return module.GPT
 
 
-def load_all(folder, args, dtype=torch.float32):
-    """Our model, transformers', and that of the older version if there is one, by name."""
+def generation(what, folder, args, B, length):
+    """Sample B rows up to length: milliseconds a token."""
     classes = {"ours": GPT, "generate()": transformers.GPT2LMHeadModel}
     if args.older:
         classes["older version"] = load_older(args.older)
-    return {name: cls.from_pretrained(folder).to(args.device, dtype)
-            for name, cls in classes.items()}
+    idx = torch.arange(B * PROMPT, device=args.device).view(B, PROMPT)
+    theirs = {"do_sample": True, "top_k": 50, "attention_mask": torch.ones_like(idx)}
 
+    def writer(name, cls):
+        model, how = cls.from_pretrained(folder).to(args.device), {}
+        if name == "generate()":
+            how = theirs
 
-def generation(what, models, B, length, rounds, **more):
-    runs = {name: writer(model, B, length) for name, model in models.items()}
-    yield from compare(what, "ms/token", rounds, runs | more)
+        def run():
+            torch.manual_seed(42)
+            start = time.perf_counter()
+            out = model.generate(idx, max_length=length, **how).cpu()  # .cpu() waits for the GPU
+            return 1000 * (time.perf_counter() - start) / (length - PROMPT), None, out.tolist()
+        return run
 
-
-def job(folder, args):
-    def script(root):
-        return lambda: cold("train_gpt2.py", "--model", folder, "--device", args.device, cwd=root)
-    yield from compare("the whole job, cold process", "s", args.rounds, {
-        "ours": script(ROOT),
-        "transformers' pipeline": lambda: cold("-c", PIPELINE, folder, args.device),
-        "a lecture's script": lambda: (*cold("-c", LECTURE, folder, args.device)[:2], None),
-        "`import torch` alone": lambda: (*cold("-c", "import torch")[:2], None),
-        **({"older version": script(args.older)} if args.older else {}),
-    })
-
-
-def load(folder, args):
-    def timed(imports, call):
-        return lambda: (float(cold("-c", LOAD.format(imports, call), folder)[2]), None, None)
-    yield from compare("`from_pretrained`, 124M", "s", args.rounds, {
-        "ours": timed("from train_gpt2 import GPT", "GPT.from_pretrained(sys.argv[1])"),
-        "transformers": timed("from transformers import GPT2LMHeadModel as M",
-                              "M.from_pretrained(sys.argv[1])"),
-        "the file read and copied": timed(
-            "from safetensors.torch import load_file",
-            "{n: t.clone() for n, t in load_file(sys.argv[1] + '/model.safetensors').items()}"),
-    })
+    yield from compare(what, "ms/token", args.rounds, {
+        name: writer(name, cls) for name, cls in classes.items()})
 
 
 def narrow(folder, args):
-    models = load_all(save(random_gpt2(n_embd=96, vocab_size=1000), folder / "narrow"), args)
+    model = save(random_gpt2(n_embd=96, vocab_size=1000), folder / "narrow")
     for length in 256, 1024:
-        yield from generation(f"width 96, batch 5, length {length}", models, 5, length, args.rounds)
+        yield from generation(f"width 96, 5 rows, length {length}", model, args, 5, length)
 
 
 def full(folder, args):
-    models = load_all(folder, args)
     for B in 1, 5:
-        yield from generation(f"124M, batch {B}, float32, length 128", models, B, 128, args.rounds,
-                              **{"its matrix products alone": products(models["ours"], B)})
-
-
-def bfloat16(folder, args):
-    models = load_all(folder, args, torch.bfloat16)
-    runs = {name: writer(model, 5, 128, per_second=True) for name, model in models.items()}
-    wide = writer(GPT.from_pretrained(folder).to(args.device), 5, 128, per_second=True)
-    yield from compare("124M, batch 5, bfloat16, length 128", "tokens/s", args.rounds, {
-        **runs, "our float32": lambda: (wide()[0], None, None)})
+        yield from generation(f"124M, {B} rows, length 128", folder, args, B, 128)
 
 
 def train(folder, args):
-    ours = "from train_gpt2 import GPT", "GPT.from_pretrained(folder).train()", "model(idx[:, :-1])"
-    theirs = ("from transformers import GPT2LMHeadModel as M", "M.from_pretrained(folder).eval()",
-              "model(idx[:, :-1]).logits")
-
-    def step(snippets, autocast, root=ROOT):
+    def step(side):
         def run():
-            code = TRAIN.format(*snippets)
-            _, mib, stdout = cold("-c", code, folder, args.device, autocast, cwd=root)
+            code = TRAIN.format(*SIDES[side])
+            _, mib, stdout = cold("-c", code, folder, args.device)
             seconds, losses = json.loads(stdout)
             return seconds, mib, losses
         return run
-
-    for autocast in False, True:
-        what = "autocast to bfloat16" if autocast else "float32"
-        yield from compare(f"a step of AdamW, 124M, 4 × 128 tokens, {what}", "s", args.rounds, {
-            "ours": step(ours, autocast),
-            "transformers": step(theirs, autocast),
-            **({"older version": step(ours, autocast, args.older)} if args.older else {}),
-        })
+    yield from compare("a step of AdamW, 124M, 4 × 128 tokens", "s", args.rounds, {
+        name: step(name) for name in SIDES})
 
 
 def machine(device):
     cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() says little
     cpu = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-    gpu = ""
-    if device.startswith("cuda"):
-        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
-        driver = subprocess.getoutput(query).partition("\n")[0]
-        gpu = f"; {torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}"
-    return (f"On {device}: {cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, "
-            f"{platform.platform()}, {torch.get_num_threads()} torch threads{gpu}; "
-            f"Python {platform.python_version()}, "
-            f"torch {torch.__version__}, transformers {transformers.__version__}.")
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no GPU"
+    return (f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {gpu}, "
+            f"{platform.platform()}; Python {platform.python_version()}, torch "
+            f"{torch.__version__}, transformers {transformers.__version__}.")
 
 
 def main():
-    parts = {part.__name__: part for part in (job, load, narrow, full, bfloat16, train)}
+    parts = {part.__name__: part for part in (job, old, load, narrow, full, train)}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="cpu or cuda; auto is cuda, else cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how many are counted")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts, metavar="PART",
                         help=", ".join(parts))
     parser.add_argument("--older", type=Path, metavar="FOLDER",
                         help="the folder of another version, to measure it too")
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            folder = save(random_gpt2(), folder, "hub")
+            folder = save(random_gpt2(bos_token_id=50256, eos_token_id=50256), folder, "hub")
             if REAL_TOKENIZER.exists():  # the lecture's script reads the last two
                 for name in "tokenizer.json", "vocab.json", "merges.txt":
                     shutil.copy(REAL_TOKENIZER / name, folder)
@@ -347,9 +304,9 @@ def main():
             for name in args.only:
                 rows.extend(parts[name](folder, args))
     finally:  # what an interrupted benchmark has measured is shown too
-        head = ("what", "ours (median)", "peer (median)", "ratio (median)", "spread (min–max)",
+        head = ("what", "ours (median)", "other (median)", "median ratio", "lowest–highest",
                 "words")
-        print(machine(args.device), f"Rounds: {args.rounds}, in turns, after a warm-up.\n")
+        print(machine(args.device), f"{args.rounds} rounds, in turns, after a warm-up.\n")
         for row in (head, ["---"] * len(head), *rows):
             print(f"| {' | '.join(row)} |")
 

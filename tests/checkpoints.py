@@ -7,27 +7,12 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about intended settings
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or it warns in every process that a test starts
 
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
-from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    pipeline,
-    set_seed,
-)
-from transformers.utils import logging
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AddedToken, AutoTokenizer, GPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_TOKENIZER = ROOT.parent / "shared" / "gpt2-vocab"  # where a developer may have gpt2's own
@@ -37,7 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 EOT = "<|endoftext|>"
 
-logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 
 # Weights
@@ -46,7 +31,7 @@ def random_gpt2(seed=0, **config):
     """transformers' model in eval mode with every parameter random, so that a forgotten bias or
     LayerNorm shows. It has only the special ids that `config` names."""
     config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config}
-    model = GPT2LMHeadModel(GPT2Config(**config)).eval()
+    model = GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -73,34 +58,32 @@ def save(model, folder, layout="saved"):
     if layout in ("saved", "shards"):
         return folder
     tensors = {name: p.detach().clone() for name, p in model.state_dict().items()}
-    n = model.config.n_positions
+    n, tied = model.config.n_positions, model.config.tie_word_embeddings
     for layer in range(model.config.n_layer):  # with the causal masks that old files contain
         mask = torch.ones(n, n).tril().view(1, 1, n, n)
         tensors[f"transformer.h.{layer}.attn.bias"] = mask if layout == "hub" else mask.bool()
         if layout != "hub":
             tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     if layout == "hub":
-        if model.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()
+                   if not tied or name != "lm_head.weight"}
     change_json(folder / "config.json", n_ctx=n)
     if layout in ("hub", "old"):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     (folder / "model.safetensors").unlink()
-    if model.config.tie_word_embeddings:  # as one tensor under two names
+    if tied:  # as one tensor under two names
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    bin = folder / "pytorch_model.bin"
     if layout == "bin shards":
-        names = list(tensors)
-        shards = {f"pytorch_model-0000{i + 1}-of-00003.bin": names[i::3] for i in range(3)}
-        for shard, part in shards.items():
-            torch.save({name: tensors[name] for name in part}, folder / shard)
-        places = {name: shard for shard, part in shards.items() for name in part}
-        index = {"metadata": {}, "weight_map": places}
-        bin.with_suffix(".bin.index.json").write_text(json.dumps(index))
+        places = {name: f"pytorch_model-0000{1 + i % 3}-of-00003.bin"
+                  for i, name in enumerate(tensors)}
+        for shard in set(places.values()):
+            torch.save({name: tensors[name] for name in tensors if places[name] == shard},
+                       folder / shard)
+        change_json(folder / "pytorch_model.bin.index.json", metadata={}, weight_map=places)
     else:
-        torch.save(tensors, bin, _use_new_zipfile_serialization=layout == "bin")
+        zipped = layout == "bin"
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     return folder
 
 
@@ -153,7 +136,7 @@ def assert_equal_gradients(ours, theirs, idx):
 def train_bpe(special=(EOT,), vocab_size=400, model=None, trainer=trainers.BpeTrainer, **parts):
     """A byte-level BPE trained on this project's own text, with its special tokens first, as the
     trainers of tokenizers put them; or, by `model`, `trainer` and parts, another tokenizer."""
-    tokenizer = Tokenizer(model or models.BPE())
+    tokenizer = tokenizers.Tokenizer(model or models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     for name, part in parts.items():
@@ -168,7 +151,8 @@ def train_bpe(special=(EOT,), vocab_size=400, model=None, trainer=trainers.BpeTr
 def save_tokenizer(folder, tokenizer=None, special=(), words=(), **names):
     """What today's transformers saves of a tokenizer, with more tokens; returns its size."""
     names = names or dict.fromkeys(["bos_token", "eos_token", "unk_token"], EOT)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer or train_bpe(), **names)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer or train_bpe(), **names)
     if special:
         wrapped.add_special_tokens({"additional_special_tokens": list(special)})
     wrapped.add_tokens(list(words))
@@ -180,21 +164,8 @@ def save_vocab_json(folder, vocab_size=400):
     """vocab.json and merges.txt as OpenAI's are, with <|endoftext|> last; returns their size."""
     bpe = train_bpe([], vocab_size - 1)
     bpe.model.save(str(folder))
-    vocab = bpe.get_vocab() | {EOT: vocab_size - 1}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    change_json(folder / "vocab.json", **{EOT: vocab_size - 1})
     return vocab_size
-
-
-def as_on_the_hub(tokenizer_json):
-    """A tokenizer.json in the older form that the Hub's gpt2 has."""
-    raw = json.loads(tokenizer_json)
-    for key in ("type", "byte_fallback", "ignore_merges"):
-        raw["model"].pop(key, None)
-    raw["model"]["merges"] = [" ".join(merge) for merge in raw["model"]["merges"]]
-    raw["pre_tokenizer"].pop("use_regex", None)
-    for token in raw["added_tokens"]:
-        token["normalized"] = True
-    return json.dumps(raw, ensure_ascii=False)
 
 
 def read_tokenizer(folder):
@@ -211,107 +182,123 @@ def change_json(path, **fields):
 # Every kind of tokenizer: each function writes one into an empty folder and returns its size.
 
 def on_the_hub(folder):
-    size = save_tokenizer(folder)
-    path = folder / "tokenizer.json"
-    path.write_text(as_on_the_hub(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """A tokenizer.json in the older form that the Hub's gpt2 has."""
+    size, path = save_tokenizer(folder), folder / "tokenizer.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("type", "byte_fallback", "ignore_merges"):
+        raw["model"].pop(key, None)
+    raw["model"]["merges"] = [" ".join(merge) for merge in raw["model"]["merges"]]
+    raw["pre_tokenizer"].pop("use_regex", None)
+    for token in raw["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(raw))
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
     return size
 
 
-def tokenizer_json_alone(folder):
-    train_bpe().save(str(folder / "tokenizer.json"))
+def tokenizer_json_alone(folder, listed=(EOT,)):
+    train_bpe(listed).save(str(folder / "tokenizer.json"))
     return 400
-
-
-def ids_in_another_order_than_the_merges(folder):
-    save_vocab_json(folder)
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    vocab = dict(zip(vocab, reversed(vocab.values())))
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    return 400
-
-
-def saved_by_a_slow_tokenizer(folder):
-    """As transformers 4 wrote it for the tutorials that add a padding token."""
-    size = save_vocab_json(folder)
-    added = {"<|pad|>": size + 1, "<|start|>": size, "plain": size + 2}
-    (folder / "added_tokens.json").write_text(json.dumps(added))
-    names = {"bos_token": "<|start|>", "eos_token": EOT, "unk_token": EOT,
-             "pad_token": {"content": "<|pad|>", "lstrip": False, "normalized": True,
-                           "rstrip": False, "single_word": False}}
-    (folder / "special_tokens_map.json").write_text(json.dumps(names))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    return size + 3
-
-
-def tokens_that_only_the_config_names(folder):
-    size = tokenizer_json_alone(folder)
-    pad = {"content": "[PAD]", "lstrip": False, "rstrip": False, "single_word": False,
-           "normalized": False, "__type": "AddedToken"}
-    change_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
-                bos_token="<s>", eos_token="</s>", pad_token=pad,
-                additional_special_tokens=["<|user|>", "of"])
-    return size + 5 - ("of" in train_bpe().get_vocab())
 
 
 def added_tokens(folder):
-    """Special and plain ones, with all their options; one begins with another."""
-    from transformers import AddedToken
+    """Special and plain ones, with all their options; one begins with another. It was saved while
+    it padded and truncated."""
     special = ["[PAD]", "<|user|>", AddedToken("<mask>", lstrip=True, rstrip=True, special=True)]
     words = ["new", "newword", "a", AddedToken("cat", single_word=True)]
-    return save_tokenizer(folder, special=special, words=words)
-
-
-def padding_and_truncation(folder):
     bpe = train_bpe()
     bpe.enable_padding(length=40, pad_id=7)
     bpe.enable_truncation(max_length=3)
-    return save_tokenizer(folder, bpe)
+    return save_tokenizer(folder, bpe, special=special, words=words)
 
 
-def own_bpe(vocab_size, special=("<s>", "</s>", "<pad>")):
-    def write(folder):
-        names = dict(zip(["bos_token", "eos_token", "pad_token"], special))
-        return save_tokenizer(folder, train_bpe(special, vocab_size), **names)
-    return write
+def own_special_tokens(folder):
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return save_tokenizer(folder, train_bpe(special.values(), 300), **special)
 
 
-def other(**parts):
-    return lambda folder: save_tokenizer(folder, train_bpe(**parts))
+def other_parts(folder):
+    """Another normalizer and pre-tokenizer, and a token before each text."""
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    spaces = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    before = tokenizers.processors.TemplateProcessing(f"{EOT} $A", special_tokens=[(EOT, 0)])
+    return save_tokenizer(folder, train_bpe(
+        normalizer=normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+        pre_tokenizer=pre_tokenizers.Sequence([digits, spaces]), post_processor=before))
 
 
-def no_bytes(model, trainer, pre_tokenizer, decoder):
-    return other(model=model(unk_token=EOT), trainer=trainer, pre_tokenizer=pre_tokenizer,
-                 decoder=decoder)
+def metaspace(folder):
+    """A BPE of characters, as SentencePiece's: what it doesn't know is one token."""
+    return save_tokenizer(folder, train_bpe(
+        model=models.BPE(unk_token=EOT), pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace()))
 
 
-def digits_apart():
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False)])
+def saved_by_a_slow_tokenizer(folder):
+    """As transformers 4.34 to 4.57 wrote it, with tokens of all options."""
+    size = save_vocab_json(folder)
+    options = dict.fromkeys(["lstrip", "rstrip", "single_word", "normalized"], False)
+    added = {EOT: {"normalized": True}, "<mask>": {"lstrip": True}, "[PAD]": {},
+             "<|user|>": {"rstrip": True}, "newword": {"special": False, "normalized": True},
+             "cat": {"special": False, "single_word": True}}
+    added = {name: {"content": name, "special": True, **options, **own}
+             for name, own in added.items()}
+    names = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT, "pad_token": "[PAD]"}
+    change_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", **names,
+                added_tokens_decoder={size - 1 + i: own for i, own in enumerate(added.values())},
+                add_bos_token=False, add_prefix_space=False, errors="replace")
+    change_json(folder / "added_tokens.json",
+                **{name: size - 1 + i for i, name in enumerate(added) if i})
+    change_json(folder / "special_tokens_map.json", **names)
+    return size - 1 + len(added)
 
 
-def adds_a_token():
-    return processors.TemplateProcessing(single=f"{EOT} $A", special_tokens=[(EOT, 0)])
+def roberta(folder):
+    """vocab.json and merges.txt, but <s> and </s> go around each text, and <mask> eats a space."""
+    train_bpe(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]).model.save(str(folder))
+    change_json(folder / "tokenizer_config.json", tokenizer_class="RobertaTokenizer")
+    return 400
 
 
-TOKENIZERS = {
+def bert(folder):
+    """vocab.txt, as Chinese GPT-2s have it."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    train_bpe(special, model=models.WordPiece(unk_token="[UNK]"),
+              trainer=trainers.WordPieceTrainer,
+              pre_tokenizer=pre_tokenizers.BertPreTokenizer()).model.save(str(folder))
+    # transformers 4 would clean up spaces by default here, which is refused.
+    change_json(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer",
+                clean_up_tokenization_spaces=False)
+    return 400
+
+
+def tokens_that_only_the_config_names(folder):
+    change_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+                bos_token="<s>", eos_token="</s>", additional_special_tokens=["<|user|>", "of"],
+                pad_token={"content": "[PAD]", "normalized": False, "__type": "AddedToken"})
+    return tokenizer_json_alone(folder) + 5 - ("of" in train_bpe().get_vocab())
+
+
+def tokens_that_only_the_map_names(folder):
+    """As before transformers 5: special_tokens_map.json names a token that nothing else has."""
+    change_json(folder / "special_tokens_map.json", bos_token=EOT, pad_token="[PAD]")
+    return tokenizer_json_alone(folder) + 1
+
+
+PLAIN = {  # read here, without transformers
     "today": save_tokenizer, "on the Hub": on_the_hub, "alone": tokenizer_json_alone,
-    "vocab.json": save_vocab_json, "other order": ids_in_another_order_than_the_merges,
-    "slow": saved_by_a_slow_tokenizer, "named": tokens_that_only_the_config_names,
-    "added": added_tokens, "padding": padding_and_truncation,
-    "BPE of 300": own_bpe(300), "BPE of 700": own_bpe(700), "BPE of 1500": own_bpe(1500, [EOT]),
-    "NFKC": other(normalizer=normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
-    "prefix space": other(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "digits": other(pre_tokenizer=digits_apart()),
-    "template": other(post_processor=adds_a_token()),
-    "WordPiece": no_bytes(models.WordPiece, trainers.WordPieceTrainer,
-                          pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()),
-    "metaspace": no_bytes(models.BPE, trainers.BpeTrainer, pre_tokenizers.Metaspace(),
-                          decoders.Metaspace()),
+    "added": added_tokens, "own": own_special_tokens, "parts": other_parts, "metaspace": metaspace,
+}
+TOKENIZERS = PLAIN | {  # the others are read by transformers
+    "vocab.json": save_vocab_json, "slow": saved_by_a_slow_tokenizer, "Roberta": roberta,
+    "vocab.txt": bert, "named": tokens_that_only_the_config_names,
+    "mapped": tokens_that_only_the_map_names,
+    # ByteLevelBPETokenizer(...).save() too: transformers makes <|endoftext|> special by itself.
+    "unlisted": lambda folder: tokenizer_json_alone(folder, listed=()) + 1,
 }
 
 
-DECODED_TOGETHER = {"WordPiece", "metaspace"} if TRANSFORMERS < (5, 0) else set()
+DECODED_TOGETHER = {"vocab.txt", "metaspace"} if TRANSFORMERS < (5, 0) else set()
 DECODED_TOGETHER_WHY = ("transformers 4 decodes the new tokens together with the prompt's, which "
                         "these decoders treat differently from a text's first tokens")
 
@@ -348,14 +335,14 @@ def write_checkpoint(folder, tokenizer="today", layout="saved", dtype=None, **co
 
 def peer(folder):
     """transformers' pipeline, with the dtype and the tokenizer that it finds by itself."""
-    return pipeline("text-generation", model=str(folder), device="cpu", dtype="auto",
+    return transformers.pipeline("text-generation", model=str(folder), device="cpu", dtype="auto",
                     tokenizer=read_tokenizer(folder))
 
 
 def expected(theirs, prompt, seed=42, **how):
     """The pipeline's text, as the command prints it. transformers 4 is told 5's defaults: to leave
     spaces alone, and that max_length counts even where its own max_new_tokens is set."""
-    set_seed(seed)
+    transformers.set_seed(seed)
     how = {"max_length": 30, "num_return_sequences": 5, "temperature": 1.0, "do_sample": True,
            "clean_up_tokenization_spaces": False} | how
     if TRANSFORMERS < (5, 0):

@@ -1,7 +1,10 @@
 """What all tests share. Each file says in its first line which promise it proves."""
 import importlib.metadata
+import io
+import os
 import platform
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pytest` does not, `python -m pytest` does
 
 try:
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoTokenizer, GPT2LMHeadModel
 
     GPT2LMHeadModel.from_pretrained  # noqa: B018 - without a torch that it likes, this raises
 except ImportError:
@@ -55,12 +58,14 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of a tiny checkpoint in the Hub's layout, with vocab.json and merges.txt."""
+    """The folder of a tiny checkpoint with the files and the layout of gpt2 on the Hub."""
     folder = tmp_path_factory.mktemp("tiny")
     size = save_vocab_json(folder)
     model = random_gpt2(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=size,
                         bos_token_id=size - 1, eos_token_id=size - 1)
-    return save(model, folder, "hub")
+    save(model, folder, "hub")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # tokenizer.json
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +93,28 @@ def offline(tmp_path, monkeypatch):
     """As on a machine without a network that has downloaded nothing yet."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def terminal():
+    """A function: an encoding → a stream to a terminal, and what returns the bytes that it got."""
+    fcntl, pty, termios = (pytest.importorskip(name, reason="Windows has no such terminals")
+                           for name in ("fcntl", "pty", "termios"))
+
+    def opened(encoding="utf-8"):
+        reader, writer = pty.openpty()
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        stream = io.TextIOWrapper(io.FileIO(writer, "w"), encoding=encoding)
+
+        def shown():
+            stream.close()
+            got = b""
+            try:
+                while chunk := os.read(reader, 4096):
+                    got += chunk
+            except OSError:
+                pass  # so Linux says that the other side has closed
+            os.close(reader)
+            return got
+        return stream, shown
+    return opened

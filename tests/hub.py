@@ -7,20 +7,72 @@ huggingface_hub reads HF_ENDPOINT on import, so the side that downloads must be 
 """
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+
+VISITOR = """
+import contextlib, io, json, sys
+sys.path.insert(0, sys.argv[1])
+from train_gpt2 import *
+from train_gpt2 import main
+for line in sys.stdin:
+    code, out = 0, io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            exec(json.loads(line))
+        except SystemExit as exit:
+            code = exit.code
+    sys.stderr.flush()
+    print(json.dumps([code, out.getvalue()]), flush=True)
+"""
+
+
+class Visitor:
+    """A Python process that has imported train_gpt2, with these environment variables. It starts
+    once, and then runs one piece of code after the other."""
+
+    def __init__(self, cwd, **env):
+        root, self.env, self.stderr = Path(__file__).parent.parent, env, Path(cwd, "stderr")
+        env = os.environ | {"PYTHONUTF8": "1"} | env
+        env.pop("TRANSFORMERS_VERBOSITY", None)  # which the tests set: here, all its noise counts
+        with self.stderr.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", VISITOR, root.resolve()], cwd=cwd, env=env, stderr=stderr,
+                encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, code):
+        """Run a piece of Python there; its exit code, stdout and stderr."""
+        before = self.stderr.stat().st_size
+        print(json.dumps(code), file=self.process.stdin, flush=True)
+        reply = self.process.stdout.readline()
+        err = self.stderr.read_bytes()[before:].decode()
+        assert reply, err
+        return *json.loads(reply), err
+
+    def command(self, *args):
+        return self.run(f"main({[str(arg) for arg in args]!r})")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.communicate()
 
 
 class StandInHub:
     """Serves the files in each folder of {name: folder} as the model of that name, and answers any
     other name as the Hub answers unknown ones. `requests` lists what it was asked: (method, path).
-    Of the files in `cut`, half arrives, and then the connection breaks."""
+    Of the files in `cut`, half arrives, and then the connection breaks. If it is `down`, every
+    connection does."""
 
     def __init__(self, models, cut=()):
         self.models = {name: Path(folder) for name, folder in models.items()}
-        self.cut, self.requests = cut, []
+        self.cut, self.down, self.requests = cut, False, []
 
         class Handler(BaseHTTPRequestHandler):
             hub = self
@@ -50,15 +102,20 @@ class StandInHub:
 
 
 def answer(request):
-    """What snapshot_download asks: the newest commit, its files, HEAD and GET of one file."""
+    """What huggingface_hub and transformers ask: the model, its newest commit, the files of that
+    (there are no subfolders), HEAD and GET of one file."""
     hub, path = request.hub, request.path.split("?")[0]
+    if hub.down:
+        return
     hub.requests.append((request.command, path))
-    api = re.fullmatch("/api/models/(.+)/(revision|tree)/[^/]+", path)
+    api = re.fullmatch("/api/models/(.+?)(?:/(revision|tree)/[^/]+(/.+)?)?", path)
     file = re.fullmatch("/(.+)/resolve/[^/]+/(.+)", path)
     name = api[1] if api else file and file[1]
     if name not in hub.models:
         return send(request, 404, {"X-Error-Code": "RepoNotFound"})
     sha = hashlib.sha1(name.encode()).hexdigest()
+    if api and api[3]:
+        return send(request, 404, {"X-Error-Code": "EntryNotFound"})
     if api:
         contents = {file.name: file.read_bytes() for file in hub.models[name].iterdir()}
         reply = {"id": name, "sha": sha, "siblings": [{"rfilename": name} for name in contents]}

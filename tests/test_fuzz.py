@@ -24,12 +24,10 @@ import train_gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {  # what is damaged, in folders with this tokenizer and this layout of checkpoints.py
-    "today saved": ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"],
-    "slow shards": ["model.safetensors.index.json", "model-00003-of-00003.safetensors",
-                    "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"],
-    "named bin": ["pytorch_model.bin", "tokenizer_config.json"],
-    "named bin before torch 1.6": ["pytorch_model.bin"],
-    "named bin shards": ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00003.bin"],
+    "today saved": ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                    "tokenizer_config.json"],
+    "mapped bin": ["pytorch_model.bin", "special_tokens_map.json"],
+    "mapped bin before torch 1.6": ["pytorch_model.bin"],
 }
 NESTED = ["[" * 10**5, '{"a":' * 10**5, "[" * 10**5 + "]" * 10**5]
 VALUES = ["null", "true", "0", "-1", "3", "1000000", "1" * 19, "1" * 5000, "0.5", "1e999", "NaN",
@@ -47,40 +45,36 @@ class Trap:
 
 def damages(name, data, rng):
     """(what was done, the new contents of the file; None removes it), the same ones every time."""
+    yield "missing", None
     yield from of_bytes(data, rng)
     if name.endswith(".json"):
-        yield from of_json(json.loads(data), rng)
-    if name.endswith(".safetensors"):
-        yield from of_safetensors(data, rng)
-    if name.endswith(".bin"):
-        yield from of_bin(data)
+        yield from of_json(json.loads(data), rng, len(VALUES) if "config" in name else 6)
+    else:
+        yield from of_safetensors(data, rng) if name == "model.safetensors" else of_bin(data)
 
 
 def of_bytes(data, rng):
-    yield "missing", None
-    for length in [0, 1, 7, 8, 9, len(data) - 1, *rng.choices(range(len(data)), k=10)]:
+    for length in [0, 1, 7, 8, 9, len(data) - 1, *rng.choices(range(len(data)), k=5)]:
         yield f"cut to {length}", data[:length]
-    for length in range(1, 200, 20):
+    for length in range(1, 200, 40):
         yield f"{length} bytes of noise", rng.randbytes(length)
     for text in NESTED:
         yield f"nested {text[:2]}", text.encode()
-    for _ in range(50):  # most files begin or end with what says where the rest is
+    for _ in range(30):  # most files begin or end with what says where the rest is
         at = rng.choice([rng.randrange(16), rng.randrange(2000), -rng.randrange(300)]) % len(data)
         width, byte = rng.choice([0, 1, 1, 5]), rng.choice([rng.randrange(256), *b'"{[,:-09e'])
         yield f"{width} bytes at {at} become {byte}", data[:at] + bytes([byte]) + data[at + width:]
 
 
-def of_json(raw, rng):
-    """Each value in turn is something else, is a copy of one beside it, or is missing."""
+def of_json(raw, rng, n=6):
+    """Each value in turn is n other things, is a copy of one beside it, or is missing."""
     root = [raw]
     for place, box, key in list(places(root, rng)):
-        place = place.removeprefix("/0")
         value, beside = box[key], list(box.values() if isinstance(box, dict) else box)
-        for text in VALUES + [json.dumps(other) for other in rng.choices(beside, k=2)]:
+        for text in [*rng.sample(VALUES, n), json.dumps(rng.choice(beside))]:
             # On these, tokenizers 0.23.3 aborts the process, or panics when it encodes a text.
-            if key == "continuing_subword_prefix" and text[0] == '"':
-                continue
-            if place == "/post_processor/single" and '"B"' in text:
+            if (key == "continuing_subword_prefix" and text[0] == '"') or (
+                    place == "/0/post_processor/single" and '"B"' in text):
                 continue
             box[key] = "HERE"
             yield f"{place} is {text[:40]}", json.dumps(root[0]).replace('"HERE"', text).encode()
@@ -113,7 +107,7 @@ def of_safetensors(data, rng):
         alone = {"wte.weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
         headers.append((f"{dtype} of {bits} bits", json.dumps(alone).encode()))
     for case, text in headers:
-        yield f"header: {case}", len(text or b"").to_bytes(8, "little") + (text or b"") + numbers
+        yield f"header: {case}", len(text).to_bytes(8, "little") + text + numbers
 
 
 def of_bin(data):
@@ -131,8 +125,7 @@ def of_bin(data):
         file = io.BytesIO()
         torch.save(things[number], file, _use_new_zipfile_serialization=zipped)
         yield f"thing {number}, {zipped=}", file.getvalue()
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        yield f"pickle protocol {protocol}", pickle.dumps({name: Trap()}, protocol)
+    yield "a bare pickle", pickle.dumps({name: Trap()})
 
 
 def main(paths):
@@ -156,7 +149,7 @@ def main(paths):
 
 def outcome_of(path):
     try:
-        if "token" in path.name or path.name in ("vocab.json", "merges.txt"):
+        if "token" in path.name:
             tokenizer = train_gpt2.load_tokenizer(path.parent)
             ids = tokenizer.encode("Hello <|endoftext|>\n\0é€").ids
             tokenizer.decode([*ids, *range(tokenizer.get_vocab_size())])
@@ -176,8 +169,7 @@ def test_every_damage_is_refused_or_answers(tmp_path):
     for kind, names in FILES.items():
         tokenizer, layout = kind.split(" ", 1)
         if layout in checkpoints.LAYOUTS:  # before torch 2.6, there are no .bin files among them
-            folder = tmp_path / kind
-            folder.mkdir()
+            (folder := tmp_path / kind).mkdir()
             checkpoints.write_checkpoint(folder, tokenizer, layout, n_layer=1, pad_token_id=1)
             checkpoints.change_json(folder / "tokenizer_config.json", add_bos_token=False,
                                     add_prefix_space=False, extra_special_tokens=[])
@@ -192,7 +184,7 @@ def test_every_damage_is_refused_or_answers(tmp_path):
     for path in paths:  # the last case of each file
         assert ["answers", f"{path}: nothing"] in lines, path
     counts = Counter(outcome for outcome, _ in lines)
-    assert counts["refused"] > 3000 and counts["answers"] > 1200, counts  # what is harmless answers
+    assert counts["refused"] > 1000 and counts["answers"] > 500, counts  # what is harmless answers
 
 
 if __name__ == "__main__":

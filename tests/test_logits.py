@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from train_gpt2 import GPT, GPTConfig, read_config
+from train_gpt2 import GPT, GPTConfig
 
 SHAPES = [
     {"n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 40, "vocab_size": 100},
@@ -62,7 +62,9 @@ def test_shapes_and_dtypes(tmp_path, shape, dtype, device):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_layouts(tmp_path, layout, tied, device):
+def test_layouts(tmp_path, layout, tied, device, one_thread):
+    """The logits; and names, order, shapes and values of the parameters. c_proj is square:
+    transposed, it would load just as well."""
     if layout == "hub" and not tied and TRANSFORMERS < (5, 0):
         pytest.skip("transformers 4 can't read a head of its own beside names without a prefix")
     model = random_gpt2(**SHAPES[0], tie_word_embeddings=tied)
@@ -70,6 +72,11 @@ def test_layouts(tmp_path, layout, tied, device):
     assert tied == (ours.lm_head.weight is ours.transformer.wte.weight)
     for B, T in [(1, 1), (2, 13), (5, 8), (16, 40)]:
         assert_equal_logits(ours, theirs, B, T)
+    for names in ("state_dict", "named_parameters"):
+        mine, others = dict(getattr(ours, names)()), dict(getattr(theirs, names)())
+        assert list(mine) == list(others)
+        for name, tensor in others.items():
+            assert torch.equal(mine[name], tensor) and mine[name].is_contiguous(), name
 
 
 @pytest.mark.parametrize("name", RELATIVES)
@@ -125,21 +132,10 @@ def test_the_real_gpt2():
 
 # Parameters
 
-def test_the_same_parameters(tmp_path, layout):
-    """Names, order, shapes and values. c_proj is square: transposed, it would load just as well."""
-    ours, theirs = pair(save(random_gpt2(**SHAPES[0]), tmp_path, layout))
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    names = [name for name, _ in theirs.named_parameters()]
-    assert [name for name, _ in ours.named_parameters()] == names
-    for name, tensor in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], tensor), name
-        assert ours.state_dict()[name].is_contiguous(), name
-
-
 def test_each_sides_load_state_dict_takes_the_others(tmp_path):
     """Through torch.save and torch.load too. All weights are in memory of their own here."""
     theirs, other = random_gpt2(**SHAPES[3]), random_gpt2(seed=1, **SHAPES[3])
-    ours = GPT(read_config(save(theirs, tmp_path)))
+    ours = GPT(GPT.from_pretrained(save(theirs, tmp_path)).config)
     ours.load_state_dict(theirs.state_dict())
     torch.save(ours.state_dict(), tmp_path / "mine.pt")
     fresh = GPT(ours.config)
@@ -153,22 +149,27 @@ def test_each_sides_load_state_dict_takes_the_others(tmp_path):
 
 def test_what_config_json_leaves_out(tmp_path):
     """It is gpt2's, as for transformers."""
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    ours, theirs = read_config(tmp_path), GPT2Config.from_pretrained(tmp_path)
-    assert ours == GPTConfig()
+    model = random_gpt2(vocab_size=8, n_layer=1)
+    folder = save(model, tmp_path)
+    (folder / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 8, "n_layer": 1}')
+    (folder / "generation_config.json").unlink()
+    ours, theirs = GPT.from_pretrained(folder).config, GPT2Config.from_pretrained(folder)
+    assert ours == GPTConfig(vocab_size=8, n_layer=1)
     for name, value in vars(ours).items():
         assert value == getattr(theirs, "n_positions" if name == "block_size" else name), name
 
 
-def test_other_names_of_the_sizes(tmp_path):
-    """transformers reads them too, and prefers them."""
-    other = {"max_position_embeddings": 64, "hidden_size": 32, "num_hidden_layers": 2,
-             "num_attention_heads": 4}
-    config = {"model_type": "gpt2", "vocab_size": 99, "n_head": 2, "n_embd": 8} | other
-    random_gpt2(**SIZES | {"n_head": 4}, vocab_size=99).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["max_position_embeddings", "hidden_size", "num_hidden_layers",
+                                  "num_attention_heads"])
+def test_other_names_of_the_sizes(tmp_path, name, one_thread):
+    """transformers reads them too, and prefers them: config.json has the other name, and the size
+    that is meant only there."""
+    meant, old = GPT2Config.attribute_map[name], {**SIZES, "n_head": 4, "vocab_size": 99}
+    save(random_gpt2(**old), tmp_path)
+    config = {"model_type": "gpt2"} | old | {meant: 1, name: old[meant]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours, theirs = pair(tmp_path)
-    assert ours.config.n_head == 4
+    assert ours.transformer.h[0].attn.n_head == ours.config.n_head == 4
     assert_equal_logits(ours, theirs, 2, 13)
 
 
@@ -209,7 +210,7 @@ def test_one_tensor_through_every_conversion(tmp_path, device):
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype", None])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", ["saved", "bin"])
-def test_the_dtype_is_the_one_that_transformers_takes(tmp_path, field, dtype, format):
+def test_the_dtype_is_the_one_that_transformers_takes(tmp_path, field, dtype, format, one_thread):
     """What config.json says, by its old name or its new one; else that of the first tensor."""
     if format == "bin" and TORCH < (2, 6):
         pytest.skip("a .bin file is read only with torch 2.6 or later")

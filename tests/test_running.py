@@ -1,5 +1,5 @@
 """Promise: Ctrl-C, a reader that leaves and a full disk end the command cleanly; a console that
-can't show the text doesn't matter."""
+can't show the text doesn't matter, and files and pipes get UTF-8."""
 import io
 import os
 import signal
@@ -11,6 +11,8 @@ from checkpoints import write_checkpoint
 from mistakes import finish, run, start, the_line
 
 import train_gpt2
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_control_c(tmp_path):
@@ -33,16 +35,13 @@ def test_control_c(tmp_path):
 
 
 def test_a_reader_that_leaves(tiny):
-    """| head -1, with more to say than the pipe holds; and a reader that never reads at all."""
-    head = start("--model", tiny, "--num-return-sequences", 2000)
-    never = start("--model", tiny)
-    never.stdout.close()
-    assert head.stdout.readline().startswith(b"> Hello")
-    head.stdout.close()
-    for process in (head, never):
-        err = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 0
-        assert [line for line in err.splitlines() if not line.startswith("using device")] == []
+    """| head -1, with more to say than the pipe holds."""
+    process = start("--model", tiny, "--num-return-sequences", 2000)
+    assert process.stdout.readline().startswith(b"> Hello")
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 0
+    assert [line for line in err.splitlines() if not line.startswith("using device")] == []
 
 
 def test_a_full_disk_behind_stdout(tiny):
@@ -53,17 +52,20 @@ def test_a_full_disk_behind_stdout(tiny):
         the_line(*run("--model", tiny, stdout=full), "No space left")
 
 
-def test_consoles_that_cannot_show_the_text(tiny):
-    """What their encoding lacks becomes ?."""
+CONSOLES = {"ascii": b"> Gr??e, ?: ? ", "cp1252": b"> Gr\xfc\xdfe, \x80: ? "}
+
+
+@pytest.mark.parametrize("encoding", CONSOLES)
+def test_consoles_that_cannot_show_the_text(tiny, monkeypatch, terminal, encoding):
+    """What their encoding lacks becomes ?. A file or a pipe gets UTF-8, whatever Python chose."""
+    console, shown = terminal(encoding)
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     prompt = "Grüße, €: Ω "
-    shown = {"ascii": b"> Gr??e, ?: ? ", "cp1252": b"> Gr\xfc\xdfe, \x80: ? "}
-    running = {encoding: start("--model", tiny, "--prompt", prompt, PYTHONIOENCODING=encoding,
-                               PYTHONUTF8="0") for encoding in shown}
-    for encoding, process in running.items():
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
-        assert out.count(shown[encoding]) == 5
-        assert b"Error" not in err
+    for stdout in (console, pipe):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        train_gpt2.main(["--model", str(tiny), "--device", "cpu", "--prompt", prompt])
+    assert shown().count(CONSOLES[encoding]) == 5
+    assert pipe.buffer.getvalue().count(f"> {prompt}".encode()) == 5
 
 
 def test_help_on_a_console_of_ascii(monkeypatch):
