@@ -565,14 +565,17 @@ def load_tokenizer(name):
         with reading(path):
             tokenizer = Tokenizer.from_file(str(path))
     if not path.exists() or not is_plain(tokenizer, folder):
+        none = f"{name} has no tokenizer: save one with model.save_pretrained(folder, tokenizer)"
+        kinds = ("tokenizer.json", "vocab", "merges", ".model")  # parts of the names of their files
+        require(not Path(name).is_dir() or any(
+            kind in file for file in os.listdir(name) for kind in kinds), none)
         theirs = ask_transformers("AutoTokenizer", name, trust_remote_code=False)
         tokenizer = getattr(theirs, "backend_tokenizer", None)
         require(tokenizer and (type(tokenizer.model).__name__ == "BPE" or
                                not theirs.clean_up_tokenization_spaces),
                 f"the tokenizer in {name} isn't supported: a {type(theirs).__name__} that isn't of "
                 "the tokenizers library, or needs clean_up_tokenization_spaces")
-        require(tokenizer.get_vocab_size(with_added_tokens=False),
-                f"{name} has no tokenizer: save one with model.save_pretrained(folder, tokenizer)")
+        require(tokenizer.get_vocab_size(with_added_tokens=False), none)
     tokenizer.no_padding()  # it may have been saved with these on
     tokenizer.no_truncation()
     return tokenizer

@@ -135,6 +135,8 @@ UNUSUAL = {  # rules in tokenizer.json that aren't gpt2's
 def test_an_unusual_tokenizer_json(tmp_path, name, class_name):
     """It gives what the installed transformers makes of it. 5 replaces the rules by gpt2's for its
     GPT2Tokenizer, and so where no class is named."""
+    if name == "prefix space" and checkpoints.TRANSFORMERS < (5, 0):
+        pytest.skip("transformers 4 drops the prefix space, whatever class is named")
     train_bpe(**UNUSUAL[name]).save(str(tmp_path / "tokenizer.json"))
     if class_name:
         change_json(tmp_path / "tokenizer_config.json", tokenizer_class=class_name)
