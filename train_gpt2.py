@@ -24,7 +24,6 @@ import math
 import os
 import sys
 import tempfile
-import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -38,8 +37,7 @@ from tqdm import trange
 
 
 class InputError(ValueError):
-    """A bad argument or checkpoint: the command line reports it in one line. Bugs keep their
-    traceback."""
+    """A bad argument or checkpoint: one line on the command line. Bugs keep their traceback."""
 
 
 def require(condition, message):
@@ -75,9 +73,8 @@ class GPTConfig:
     @property
     def eos_token_ids(self):
         """The ids that end a text, as a list. It is empty if texts never end."""
-        if self.eos_token_id is None:
-            return []
-        return self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        ids = self.eos_token_id
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 class Conv1D(nn.Module):
@@ -325,26 +322,22 @@ class GPT(nn.Module):
         written beside its place and then moved there, so a crash leaves no file half done.
 
         Raises OSError or SafetensorError; and InputError, but only after the model is saved, if the
-        tokenizer is of another kind, or if the saved model can't be loaded again as it is.
+        tokenizer is of another kind.
         """
-        weights, storages = {}, set()
-        for name, tensor in self.state_dict().items():
-            storage = tensor.untyped_storage().data_ptr()
-            if storage in storages or not tensor.is_contiguous():  # safetensors wants neither
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-            storages.add(storage)
-            weights[name.replace("_orig_mod.", "")] = tensor  # torch.compile(block) adds this
         head, wte = self.lm_head.weight, self.transformer.wte.weight
         tied = head is wte or (self.config.tie_word_embeddings and torch.equal(head, wte))
-        if tied:
-            weights.pop("lm_head.weight", None)
+        weights = {}
+        for name, tensor in self.state_dict().items():
+            if not (tied and name == "lm_head.weight"):
+                name = name.replace("_orig_mod.", "")  # torch.compile(block) adds this
+                # A copy, because safetensors takes no tensors that share memory.
+                weights[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        positions = weights.get("transformer.wpe.weight", range(self.config.block_size))
         config = asdict(self.config) | {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
             "n_layer": len(self.transformer.h), "vocab_size": len(wte), "tie_word_embeddings": tied,
-            "dtype": str(wte.dtype).removeprefix("torch.")}
-        config["n_positions"] = config.pop("block_size")
-        if "transformer.wpe.weight" in weights:  # unless you took it out
-            config["n_positions"] = len(weights["transformer.wpe.weight"])
+            "n_positions": len(positions), "dtype": str(wte.dtype).removeprefix("torch.")}
+        del config["block_size"]  # transformers' name for it is n_positions
         files = {"config.json": config,
                  "generation_config.json": {key: config[key] for key in SPECIAL_IDS}}
         stale = []  # an older tokenizer's files, which would be read with the new one's
@@ -370,10 +363,6 @@ class GPT(nn.Module):
                 path.replace(folder / path.name)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
-        loaded = type(self).from_pretrained(folder).state_dict()
-        lost = [name for name, _ in self.named_parameters()
-                if name.replace("_orig_mod.", "") not in loaded]
-        require(not lost, f"{folder} is saved, but these can't be loaded again: {lost[:5]}")
         require(tokenizer is None or "tokenizer.json" in files, f"{folder} is saved, but without a "
                 f"tokenizer: a {type(tokenizer).__name__} isn't one as of load_tokenizer()")
 
@@ -402,6 +391,8 @@ def sample(logits, temperature, top_k):
 DTYPES = {"float32": torch.float32, "float64": torch.float64,
           "bfloat16": torch.bfloat16, "float16": torch.float16}
 SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
+OTHER_NAMES = {"max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+               "transformers_weights"}  # transformers prefers these to n_positions and so on
 BPE_OPTIONS = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                "fuse_unk", "byte_fallback", "ignore_merges"]
 GPT2_RULES = ("None ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True) "
@@ -493,11 +484,12 @@ def read_checkpoint(name):
     for key, value in supported.items():
         require(raw.get(key, value) == value, f"config.json in {folder}: {key} must be {value!r}, "
                                               f"not {raw.get(key)!r}")
-    # transformers has a second name for each size and for the file, and prefers it.
-    others = {"max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
-              "transformers_weights"}
-    tensors = None if others & raw.keys() else read_file(folder)
-    if tensors is None:
+    path = folder / "model.safetensors"
+    if path.exists() and not OTHER_NAMES & raw.keys():
+        with reading(path):
+            tensors = safetensors.torch.load_file(path)
+        tensors = dict(sorted(tensors.items()))  # by name: the first may set the dtype
+    else:
         model, info = ask_transformers("GPT2LMHeadModel", name, dtype="auto",
                                        output_loading_info=True, ignore_mismatched_sizes=True)
         raw, tensors = model.config.to_dict(), model.state_dict()
@@ -517,11 +509,11 @@ def read_checkpoint(name):
             continue
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # the Hub's gpt2 lacks the prefix
             key = f"transformer.{key}"
-        kind = str(tensor.dtype).removeprefix("torch.")
-        require(kind in DTYPES or kind.startswith(("bool", "int", "uint")),
-                f"can't load {key} in {name}: {kind} is not supported")
+        number = tensor.is_floating_point() or tensor.is_complex()
+        require(tensor.dtype in DTYPES.values() or not number,
+                f"can't load {key} in {name}: {tensor.dtype} is not supported")
         # Windows can't replace a mapped file, and saving may need to, so copy on Windows.
-        weights[key] = tensor.to(DTYPES[dtype] if kind in DTYPES else None,
+        weights[key] = tensor.to(DTYPES[dtype] if number else None,
                                  copy=sys.platform == "win32")
     # Missing fields take gpt2's values. Special ids come from generation_config.json if it exists.
     raw["block_size"] = raw.get("n_positions", GPTConfig.block_size)
@@ -535,25 +527,6 @@ def read_checkpoint(name):
         raise InputError(f"config.json or generation_config.json in {folder}: {error}") from None
 
 
-def read_file(folder):
-    """{name: tensor} from model.safetensors or else pytorch_model.bin, memory-mapped if possible.
-    None if transformers must read the weights, such as those in shards."""
-    file, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if file.exists():
-        with reading(file):
-            tensors = safetensors.torch.load_file(file)
-        return dict(sorted(tensors.items()))  # by name: the first may set the dtype
-    shards = folder / "model.safetensors.index.json"
-    if not pickled.exists() or shards.exists() or torch.__version__ < (2, 6):
-        return None  # before torch 2.6, weights_only could still run code (CVE-2025-32434)
-    with reading(pickled):
-        mmap = zipfile.is_zipfile(pickled)
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True, mmap=mmap)
-    require(isinstance(tensors, dict) and all(isinstance(key, str) and torch.is_tensor(tensor)
-            for key, tensor in tensors.items()), f"{pickled} isn't a dict of tensors")
-    return tensors
-
-
 def load_tokenizer(name):
     """The tokenizers.Tokenizer of a folder or Hub model: tokenizer.encode(text).ids and
     tokenizer.decode(ids). A plain tokenizer.json is read here, and any other kind by transformers.
@@ -565,17 +538,14 @@ def load_tokenizer(name):
         with reading(path):
             tokenizer = Tokenizer.from_file(str(path))
     if not path.exists() or not is_plain(tokenizer, folder):
-        none = f"{name} has no tokenizer: save one with model.save_pretrained(folder, tokenizer)"
-        kinds = ("tokenizer.json", "vocab", "merges", ".model")  # parts of the names of their files
-        require(not Path(name).is_dir() or any(
-            kind in file for file in os.listdir(name) for kind in kinds), none)
         theirs = ask_transformers("AutoTokenizer", name, trust_remote_code=False)
         tokenizer = getattr(theirs, "backend_tokenizer", None)
         require(tokenizer and (type(tokenizer.model).__name__ == "BPE" or
                                not theirs.clean_up_tokenization_spaces),
                 f"the tokenizer in {name} isn't supported: a {type(theirs).__name__} that isn't of "
                 "the tokenizers library, or needs clean_up_tokenization_spaces")
-        require(tokenizer.get_vocab_size(with_added_tokens=False), none)
+        require(tokenizer.get_vocab_size(with_added_tokens=False), f"{name} has no tokenizer: save "
+                "one with model.save_pretrained(folder, tokenizer)")
     tokenizer.no_padding()  # it may have been saved with these on
     tokenizer.no_truncation()
     return tokenizer
@@ -601,13 +571,12 @@ def is_plain(tokenizer, folder):
         settings = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT} | settings
     elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return False
-    special = {token.content: token for token in special_tokens(tokenizer).values()}
+    special = [token.__getstate__() | {"__type": "AddedToken"}  # a dict of the token's options
+               for token in special_tokens(tokenizer).values()]
 
-    def is_known(token):  # as a string or a dict; anything else, unless it is empty, is unknown
-        options = token if isinstance(token, dict) else {"content": token}
-        same = special.get(str(options.get("content")))
-        return not token or (same and all(getattr(same, key, option) == option
-                                          for key, option in options.items()))
+    def is_known(token):  # as a string or a dict of options; an empty one names nothing
+        token = token if isinstance(token, dict) else {"content": token}
+        return not token["content"] or any(token.items() <= known.items() for known in special)
 
     keys = ("_token", "_special_tokens", "added_tokens_decoder", "_files", "add_prefix_space")
     if type(tokenizer.model).__name__ != "BPE":
@@ -624,7 +593,7 @@ def is_plain(tokenizer, folder):
 # ------------------------------------------- Command line -----------------------------------------
 
 def main(argv=None):
-    """Exit status: 2 after bad input (stderr's last line says why), 130 after Ctrl-C."""
+    """Exit status: 2 after bad input, and stderr's last line says why."""
     gc.freeze()  # FAST: so that Python doesn't scan everything imported for garbage at exit
     parser = argparse.ArgumentParser(
         "train_gpt2.py", description="Complete a prompt with GPT-2.", usage=argparse.SUPPRESS,
@@ -645,10 +614,6 @@ def main(argv=None):
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     try:
         complete(**vars(args))  # --max-length is its max_length, and so on
-    except BrokenPipeError:  # the reader is gone, as in `| head -1`: discard the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         if not isinstance(error, (InputError, OSError)) and not out_of_memory(error):
             raise

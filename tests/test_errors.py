@@ -14,7 +14,6 @@ import torch
 import transformers
 from checkpoints import LAYOUTS, change_json, random_gpt2, save, write_checkpoint
 from mistakes import IDX, change_weights, refused, refused_everywhere
-from torch.torch_version import TorchVersion
 
 from train_gpt2 import GPT, InputError, KVCache, load_tokenizer, main
 
@@ -67,7 +66,7 @@ BUGS = [ValueError("x"), ZeroDivisionError("x"), RuntimeError("can't allocate x"
 
 
 @pytest.mark.parametrize("error", BUGS, ids=repr)
-@pytest.mark.parametrize("place", ["check_config", "read_file", "find_folder", "special_tokens",
+@pytest.mark.parametrize("place", ["check_config", "read_json", "find_folder", "special_tokens",
                                    "is_plain", "sample", "GPT.forward"])
 def test_a_bug_keeps_its_traceback(tiny, monkeypatch, place, error):
     """Wherever in this file it is: none is taken for a damaged checkpoint."""
@@ -185,7 +184,7 @@ def test_a_damaged_file_is_named(tmp_path, capsys, kind, name):
     path, = write_checkpoint(tmp_path, tokenizer, layout).glob(name)
     whole = path.read_bytes()
     how = {"read": load_tokenizer} if name in ("tokenizer.json", "vocab.json") else {}
-    blamed = tmp_path if "shards" in layout or name == "vocab.json" else path
+    blamed = path if layout == "saved" and name != "vocab.json" else tmp_path
     for contents in (HTML, b"", whole[:-9], whole[:len(whole) // 2]):
         path.write_bytes(contents)
         refused_everywhere(capsys, tmp_path, blamed, "incomplete", **how)
@@ -275,32 +274,26 @@ class Trap:
 
 @pytest.mark.skipif("bin" not in LAYOUTS, reason=NO_BIN)
 @pytest.mark.parametrize("zip", [True, False], ids=["zip", "before torch 1.6"])
-@pytest.mark.parametrize("layout", ["bin", "bin shards"])
-def test_no_code_in_a_bin_is_run(tmp_path, monkeypatch, capsys, layout, zip):
+def test_no_code_in_a_bin_is_run(tmp_path, monkeypatch, capsys, zip):
     """Only a dict of tensors is taken."""
-    monkeypatch.chdir(write_checkpoint(tmp_path, layout=layout))
-    path = min(tmp_path.glob("*.bin"))
+    monkeypatch.chdir(write_checkpoint(tmp_path, layout="bin"))
+    path = tmp_path / "pytorch_model.bin"
     for contents in ([torch.ones(1)], {"model": {"x": torch.ones(1)}}, {"step": 1}, torch.ones(1),
                      {1: torch.ones(1)}, {"x": Trap()}):
         torch.save(contents, path, _use_new_zipfile_serialization=zip)
-        refused_everywhere(capsys, tmp_path, path if layout == "bin" else tmp_path)
+        refused_everywhere(capsys, tmp_path, tmp_path)
     assert not os.path.exists("ran")
     torch.load(path, weights_only=False)
     assert os.path.exists("ran")  # the trap works
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
-def test_a_bin_before_torch_26(tmp_path, monkeypatch, capsys, name):
+def test_a_bin_before_torch_26(tmp_path, monkeypatch, capsys):
     """weights_only=True had a hole then. Nothing is opened, and the line says what to do."""
     folder = save(random_gpt2(n_layer=1, n_head=1, n_embd=8, vocab_size=8), tmp_path)
-    (folder / "model.safetensors").rename(folder / name)
-    if "-" in name:
-        change_json(folder / "pytorch_model.bin.index.json", metadata={},
-                    weight_map={"wte.weight": name})
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     # transformers asks what pip installed.
     monkeypatch.setattr(transformers.utils.import_utils, "is_torch_greater_or_equal",
                         lambda version, **_: False)
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1"))
     monkeypatch.setattr(torch, "load", None)
     refused_everywhere(capsys, folder, folder, "upgrade torch to at least v2.6")
 

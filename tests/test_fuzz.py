@@ -1,17 +1,14 @@
 """Promise: a model damaged in whatever way is refused with an InputError or OSError that has a
 message, or it loads and answers; never another exception, never a hang, never a crash of the
-process, and no code in a .bin file is ever run.
+process.
 
 The damaged models are read in a process of its own, which prints each case before and after. So a
 case that hangs, or crashes in the machine code of torch, safetensors or tokenizers, is named too.
 """
 import faulthandler
-import io
 import itertools
 import json
-import math
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -26,21 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {  # what is damaged, in folders with this tokenizer and this layout of checkpoints.py
     "today saved": ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                     "tokenizer_config.json"],
-    "mapped bin": ["pytorch_model.bin", "special_tokens_map.json"],
-    "mapped bin before torch 1.6": ["pytorch_model.bin"],
+    "mapped saved": ["special_tokens_map.json"],
 }
 NESTED = ["[" * 10**5, '{"a":' * 10**5, "[" * 10**5 + "]" * 10**5]
 VALUES = ["null", "true", "0", "-1", "3", "1000000", "1" * 19, "1" * 5000, "0.5", "1e999", "NaN",
           '""', '"x"', '"../x"', '"float16"', '"\\u0000"', '"\\ud800"', "[]", "[0]", '["x"]', "{}",
           '{"content": 1}', NESTED[2]]  # as JSON spells them
 DTYPES = ["F64", "F16", "BF16", "I32", "U8", "U64", "BOOL", "C64", "F8_E4M3", "F6_E2M3", "F4"]
-
-
-class Trap:
-    """Its pickle creates a file when it is loaded without care."""
-
-    def __reduce__(self):
-        return open, ("trap", "w")
 
 
 def damages(name, data, rng):
@@ -50,7 +39,7 @@ def damages(name, data, rng):
     if name.endswith(".json"):
         yield from of_json(json.loads(data), rng, len(VALUES) if "config" in name else 6)
     else:
-        yield from of_safetensors(data, rng) if name == "model.safetensors" else of_bin(data)
+        yield from of_safetensors(data, rng)
 
 
 def of_bytes(data, rng):
@@ -110,30 +99,10 @@ def of_safetensors(data, rng):
         yield f"header: {case}", len(text).to_bytes(8, "little") + text + numbers
 
 
-def of_bin(data):
-    """Other tensors, other things, and code, in both forms of the file and as a bare pickle."""
-    tensors = torch.load(io.BytesIO(data), weights_only=True)
-    name, weight = next((name, tensor) for name, tensor in tensors.items() if tensor.ndim == 2)
-    things = [weight.int(), weight.cfloat(), weight.bfloat16(), weight.to(torch.float8_e5m2),
-              weight.T, weight[0], weight[0, 0], weight[:0], weight[:1].expand(weight.shape),
-              weight * math.nan, torch.nn.Parameter(weight),
-              torch.quantize_per_tensor(weight, 1, 0, torch.qint8),
-              Trap(), Trap, None, [], "x", tensors]
-    things += [tensors | {name: thing} for thing in things]
-    things += [tensors | {key: weight} for key in (0, None, "", "x", ("a", 1), b"wte.weight")]
-    for number, zipped in itertools.product(range(len(things)), (True, False)):
-        file = io.BytesIO()
-        torch.save(things[number], file, _use_new_zipfile_serialization=zipped)
-        yield f"thing {number}, {zipped=}", file.getvalue()
-    yield "a bare pickle", pickle.dumps({name: Trap()})
-
-
 def main(paths):
     """Damage each file in turn; print a line of JSON before and after each case."""
     torch.set_num_threads(1)
-    rng, trap = random.Random(0), Path("trap")
-    pickle.loads(pickle.dumps(Trap())).close()
-    trap.unlink()  # fails unless the trap works
+    rng = random.Random(0)
     for path in map(Path, paths):
         good = path.read_bytes()
         for case, data in [*damages(path.name, good, rng), ("nothing", good)]:
@@ -142,9 +111,7 @@ def main(paths):
             if data is not None:
                 path.write_bytes(data)
             faulthandler.dump_traceback_later(20, exit=True)
-            outcome = outcome_of(path)
-            print(json.dumps(["ran code" if trap.exists() else outcome, f"{path}: {case}"]))
-            trap.unlink(missing_ok=True)
+            print(json.dumps([outcome_of(path), f"{path}: {case}"]))
 
 
 def outcome_of(path):
@@ -168,12 +135,11 @@ def test_every_damage_is_refused_or_answers(tmp_path):
     paths = []
     for kind, names in FILES.items():
         tokenizer, layout = kind.split(" ", 1)
-        if layout in checkpoints.LAYOUTS:  # before torch 2.6, there are no .bin files among them
-            (folder := tmp_path / kind).mkdir()
-            checkpoints.write_checkpoint(folder, tokenizer, layout, n_layer=1, pad_token_id=1)
-            checkpoints.change_json(folder / "tokenizer_config.json", add_bos_token=False,
-                                    add_prefix_space=False, extra_special_tokens=[])
-            paths += [Path(kind, name) for name in names]
+        (folder := tmp_path / kind).mkdir()
+        checkpoints.write_checkpoint(folder, tokenizer, layout, n_layer=1, pad_token_id=1)
+        checkpoints.change_json(folder / "tokenizer_config.json", add_bos_token=False,
+                                add_prefix_space=False, extra_special_tokens=[])
+        paths += [Path(kind, name) for name in names]
     process = subprocess.run(
         [sys.executable, __file__, *paths], cwd=tmp_path, check=False, capture_output=True,
         encoding="utf-8", errors="replace", env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -184,7 +150,7 @@ def test_every_damage_is_refused_or_answers(tmp_path):
     for path in paths:  # the last case of each file
         assert ["answers", f"{path}: nothing"] in lines, path
     counts = Counter(outcome for outcome, _ in lines)
-    assert counts["refused"] > 1000 and counts["answers"] > 500, counts  # what is harmless answers
+    assert counts["refused"] > 800 and counts["answers"] > 500, counts  # what is harmless answers
 
 
 if __name__ == "__main__":

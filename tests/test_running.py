@@ -2,46 +2,14 @@
 can't show the text doesn't matter, and files and pipes get UTF-8."""
 import io
 import os
-import signal
 import sys
-import time
 
 import pytest
-from checkpoints import write_checkpoint
-from mistakes import finish, run, start, the_line
+from mistakes import run, the_line
 
 import train_gpt2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def test_control_c(tmp_path):
-    """It ends at once, with code 130 and without a traceback."""
-    if os.name == "nt":
-        pytest.skip("Windows has no signal that a parent could send as Ctrl-C does")
-    write_checkpoint(tmp_path, n_layer=12, n_positions=5000, eos_token_id=None)
-    # A shell that runs the tests in the background ignores SIGINT, and so would what they start.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = start("--model", tmp_path, "--max-length", 5000, "--num-return-sequences", 1)
-    signal.signal(signal.SIGINT, before)
-    assert process.stderr.readline().startswith(b"using device")  # the imports are done
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    began = time.perf_counter()
-    code, out, err = finish(process)
-    assert time.perf_counter() - began < 5  # on a busy machine too
-    assert (code, out, err.strip()) == (130, "", "")
-
-
-def test_a_reader_that_leaves(tiny):
-    """| head -1, with more to say than the pipe holds."""
-    process = start("--model", tiny, "--num-return-sequences", 2000)
-    assert process.stdout.readline().startswith(b"> Hello")
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 0
-    assert [line for line in err.splitlines() if not line.startswith("using device")] == []
 
 
 def test_a_full_disk_behind_stdout(tiny):

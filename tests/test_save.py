@@ -154,15 +154,6 @@ def test_a_changed_model(tmp_path, change, tied):
         assert torch.equal(ours.generate(idx, 16, 0), gpt.generate(idx, 16, 0))
 
 
-def test_parameters_that_the_class_does_not_make(tmp_path):
-    """The model is saved, and then an error says what can't be loaded again."""
-    gpt = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=32))
-    gpt.adapter = torch.nn.Linear(3, 3)
-    with pytest.raises(InputError, match="is saved, but .*can't be loaded again.*adapter.bias"):
-        gpt.save_pretrained(tmp_path)
-    assert_equal_logits(*pair(tmp_path))
-
-
 # Tokenizers
 
 def test_with_and_without_a_tokenizer(tmp_path, capsys, monkeypatch):
