@@ -15,7 +15,7 @@ Logits, gradients and sampled tokens are bit-identical to those of transformers'
 eval mode. Two tags mark odd-looking code that you can skip on a first reading:
     BITS  is there to round exactly as transformers does. A sum of floats rounds differently if the
           order of its terms changes, or even if its tensors are laid out differently in memory.
-    FAST  only makes startup faster.
+    FAST  only saves time, when the program starts or ends.
 """
 import argparse
 import gc
@@ -37,7 +37,7 @@ from tqdm import trange
 
 
 class InputError(ValueError):
-    """A bad argument or checkpoint: one line on the command line. Bugs keep their traceback."""
+    """A bad argument or checkpoint: the command reports it in one line, without a traceback."""
 
 
 def require(condition, message):
@@ -111,7 +111,8 @@ class KVCache:
         if self.length == 0:
             self.k = k.new_empty(B, nh, self.max_length, hs)
             self.v = v.new_empty(B, nh, self.max_length, hs)
-        assert self.length == 0 or T == 1, "after the prompt, the cache takes one token at a time"
+        else:
+            assert T == 1, "after the prompt, the cache takes one token at a time"
         self.k.narrow(2, self.length, T).copy_(k)  # a slice that raises if there is no room
         self.v.narrow(2, self.length, T).copy_(v)
         self.length += T
@@ -142,7 +143,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)  # (B, nh, S, hs)
         if cache is None or hs * k.element_size() % 32 != 0:
             # BITS: transformers' k and v are contiguous, and how they lie in memory can change the
-            # rounding. In the cache, it doesn't if a head fills whole blocks of 32 bytes.
+            # rounding. In the cache, it doesn't if a head fills whole blocks of 32 bytes. Not
+            # contiguous(): it would keep unusual strides where a dimension is 1.
             k = k.clone(memory_format=torch.contiguous_format)
             v = v.clone(memory_format=torch.contiguous_format)
         # softmax(q @ k.transpose(2, 3) * scale + mask) @ v, where the mask is 0 for tokens that may
@@ -215,7 +217,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layer + 1)),
             "ln_f": nn.LayerNorm(C, eps=config.layer_norm_epsilon),
         })
-        self.lm_head = nn.Linear(C, V, bias=False, device="meta")  # FAST: without a weight as yet
+        self.lm_head = nn.Linear(C, V, bias=False, device="meta")  # FAST: its weight comes next
         self.lm_head.weight = (self.transformer.wte.weight if config.tie_word_embeddings
                                else nn.Parameter(torch.empty(V, C)))
         for name, p in self.named_parameters():
@@ -293,11 +295,11 @@ class GPT(nn.Module):
         config = replace(config, **overrides)
         wte, head = "transformer.wte.weight", "lm_head.weight"
         if config.tie_word_embeddings and (wte in weights or head in weights):
-            # A file may hold one of a tied pair, or both. Both that differ aren't tied.
+            # A file may hold one of a tied pair, or both. If both differ, they aren't tied.
             embedding = weights.setdefault(wte, weights.get(head))
             output = weights.setdefault(head, embedding)
             config.tie_word_embeddings = output is embedding or torch.equal(output, embedding)
-        # A damaged config.json could ask for more memory than any machine has. 10 is some slack.
+        # A damaged config.json could ask for more memory than any machine has. The 10 is slack.
         size = config.n_embd * max(config.vocab_size, config.block_size, config.n_inner or 0,
                                    config.n_layer * config.n_embd)
         require(size <= 10 * sum(tensor.numel() for tensor in weights.values()),
@@ -312,14 +314,14 @@ class GPT(nn.Module):
                 f"{', '.join(missing[:5])}; instead they have: {', '.join(unused[:5]) or 'none'}")
         if unused:
             print(f"{name}: ignoring {', '.join(unused[:5])}", file=sys.stderr)
-        if config.tie_word_embeddings:  # again, because each name got a parameter of its own
+        if config.tie_word_embeddings:  # again: assign=True gave each name its own parameter
             model.lm_head.weight = model.transformer.wte.weight
         return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write a folder for from_pretrained, --model, transformers and the Hub: the model as it is
         now and, if given, a tokenizers.Tokenizer or a fast tokenizer of transformers. Each file is
-        written beside its place and then moved there, so a crash leaves no file half done.
+        written beside its place and then moved there, so a crash leaves no file half-written.
 
         Raises OSError or SafetensorError; and InputError, but only after the model is saved, if the
         tokenizer is of another kind.
@@ -328,10 +330,11 @@ class GPT(nn.Module):
         tied = head is wte or (self.config.tie_word_embeddings and torch.equal(head, wte))
         weights = {}
         for name, tensor in self.state_dict().items():
+            name = name.replace("_orig_mod.", "")  # torch.compile(block) adds this
             if not (tied and name == "lm_head.weight"):
-                name = name.replace("_orig_mod.", "")  # torch.compile(block) adds this
                 # A copy, because safetensors takes no tensors that share memory.
                 weights[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        # The sizes are those of the modules, since you may have changed or removed some.
         positions = weights.get("transformer.wpe.weight", range(self.config.block_size))
         config = asdict(self.config) | {
             "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
@@ -364,7 +367,7 @@ class GPT(nn.Module):
         for name in stale:
             (folder / name).unlink(missing_ok=True)
         require(tokenizer is None or "tokenizer.json" in files, f"{folder} is saved, but without a "
-                f"tokenizer: a {type(tokenizer).__name__} isn't one as of load_tokenizer()")
+                f"tokenizer: a {type(tokenizer).__name__} isn't of the tokenizers library")
 
 
 # --------------------------------------------- Sampling -------------------------------------------
@@ -388,22 +391,18 @@ def sample(logits, temperature, top_k):
 
 # ------------------------- Checkpoints: from a name to a folder, a model, a tokenizer -------------
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64,
-          "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
 OTHER_NAMES = {"max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
                "transformers_weights"}  # transformers prefers these to n_positions and so on
 BPE_OPTIONS = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                "fuse_unk", "byte_fallback", "ignore_merges"]
-GPT2_RULES = ("None ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True) "
-              "ByteLevel(")
-EOT = "<|endoftext|>"  # gpt2's special token
-SIZES = ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"]
+GPT2_RULES = "None ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True) ByteLevel("
 
 
 def check_config(config):
     """Raise InputError if a value is impossible. Fields that you add are not checked."""
-    for name in SIZES:
+    for name in ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"]:
         size = getattr(config, name)
         require(type(size) is int and size > 0 or (name, size) == ("n_inner", None),
                 f"{name} can't be {size!r}")
@@ -413,8 +412,9 @@ def check_config(config):
             f"{config.activation_function!r}, only one of {', '.join(ACTIVATIONS)}")
     epsilon = config.layer_norm_epsilon
     require(isinstance(epsilon, (int, float)), f"layer_norm_epsilon can't be {epsilon!r}")
-    for token in [config.bos_token_id, config.pad_token_id, *config.eos_token_ids]:
-        require(token is None or (type(token) is int and 0 <= token < 2**63),
+    optional = [i for i in (config.bos_token_id, config.pad_token_id) if i is not None]
+    for token in config.eos_token_ids + optional:
+        require(type(token) is int and 0 <= token < 2**63,
                 f"bos_token_id, eos_token_id or pad_token_id can't be {token!r}")
 
 
@@ -439,13 +439,14 @@ def find_folder(name, files):
 @contextmanager
 def reading(path):
     """Name the file or folder when a library fails to read it. Only a call of the library belongs
-    inside: an error of our own keeps its traceback."""
+    inside, so that our own bugs keep their traceback."""
     try:
         yield
     except Exception as error:
-        if getattr(error, "filename", None) or out_of_memory(error):
-            raise  # it isn't damage, or says what is wrong with which file
-        why = str(error).strip().split("\n")[0].split(". ")[0]  # torch goes on with bad advice
+        offline = isinstance(error, OSError) and not Path(path).exists()  # a Hub model
+        if getattr(error, "filename", None) or offline or out_of_memory(error):
+            raise  # it isn't damage, or the error already names its file
+        why = str(error).strip().split("\n")[0].split(". ")[0]  # the rest may be bad advice
         raise InputError(f"{path} can't be read ({why}). It may be damaged or incomplete. After a "
                          "`git clone` without git-lfs, run `git lfs pull` there") from None
 
@@ -456,7 +457,7 @@ def out_of_memory(error):
 
 
 def ask_transformers(class_name, name, **options):
-    """What a class of transformers reads from a folder or the Hub."""
+    """What a class of transformers makes of a folder or a Hub model."""
     import transformers  # FAST: rarely needed
     transformers.utils.logging.set_verbosity_error()
     if Path(name).is_dir():  # else something may be downloaded, which should show its progress
@@ -471,7 +472,7 @@ def read_json(path):
     if not path.exists():
         return {}
     with reading(path):
-        return dict(**json.loads(path.read_bytes()))
+        return dict(**json.loads(path.read_bytes()))  # ** raises if it isn't a dict
 
 
 def read_checkpoint(name):
@@ -499,9 +500,8 @@ def read_checkpoint(name):
         require(not missing, f"the weights in {name} lack {', '.join(missing[:5])}; instead they "
                 f"have: {', '.join(sorted(info['unexpected_keys'])[:5]) or 'none'}")
     # As in transformers, the dtype is config.json's, or else that of the first float tensor.
-    floats = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or next(floats, None)
-    dtype = str(dtype).removeprefix("torch.")
+    first = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or first).removeprefix("torch.")
     require(dtype in DTYPES, f"{name} is in {dtype}, but only {', '.join(DTYPES)} are supported")
     weights = {}
     for key, tensor in tensors.items():
@@ -509,12 +509,11 @@ def read_checkpoint(name):
             continue
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # the Hub's gpt2 lacks the prefix
             key = f"transformer.{key}"
-        number = tensor.is_floating_point() or tensor.is_complex()
-        require(tensor.dtype in DTYPES.values() or not number,
-                f"can't load {key} in {name}: {tensor.dtype} is not supported")
+        if tensor.is_floating_point() or tensor.is_complex():
+            require(tensor.dtype in DTYPES.values(), f"can't load {key} in {name}: {tensor.dtype}")
+            tensor = tensor.to(DTYPES[dtype])
         # Windows can't replace a mapped file, and saving may need to, so copy on Windows.
-        weights[key] = tensor.to(DTYPES[dtype] if number else None,
-                                 copy=sys.platform == "win32")
+        weights[key] = tensor.clone() if sys.platform == "win32" else tensor
     # Missing fields take gpt2's values. Special ids come from generation_config.json if it exists.
     raw["block_size"] = raw.get("n_positions", GPTConfig.block_size)
     if (folder / "generation_config.json").exists():
@@ -552,14 +551,14 @@ def load_tokenizer(name):
 
 
 def special_tokens(tokenizer):
-    """{id: AddedToken} of those that decode() leaves out."""
-    added = tokenizer.get_added_tokens_decoder().items()
-    return {i: token for i, token in added if token.special}
+    """{id: AddedToken} of the tokens that decode() skips."""
+    return {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 def is_plain(tokenizer, folder):
-    """Whether transformers takes a tokenizer.json as it is: no other file in its folder has a
-    setting that changes it, or names a token that isn't special in it, with the same options."""
+    """FAST: whether transformers takes a tokenizer.json as it is, and so need not be imported. No
+    other file in the folder has a setting that changes it, or names a token that isn't special in
+    it, with the same options. If this returned False, the tokens would be the same."""
     settings = read_json(folder / "tokenizer_config.json")
     kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
     if kind in ("GPT2Tokenizer", "GPT2TokenizerFast"):
@@ -568,7 +567,8 @@ def is_plain(tokenizer, folder):
         rules = f"{tokenizer.normalizer} {tokenizer.pre_tokenizer} {tokenizer.decoder}"
         if any(options) or not rules.startswith(GPT2_RULES):
             return False
-        settings = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT} | settings
+        names = ["bos_token", "eos_token", "unk_token"]
+        settings = dict.fromkeys(names, "<|endoftext|>") | settings
     elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return False
     special = [token.__getstate__() | {"__type": "AddedToken"}  # a dict of the token's options
@@ -576,7 +576,8 @@ def is_plain(tokenizer, folder):
 
     def is_known(token):  # as a string or a dict of options; an empty one names nothing
         token = token if isinstance(token, dict) else {"content": token}
-        return not token["content"] or any(token.items() <= known.items() for known in special)
+        known = any(token.items() <= options.items() for options in special)
+        return known or not token.get("content", True)
 
     keys = ("_token", "_special_tokens", "added_tokens_decoder", "_files", "add_prefix_space")
     if type(tokenizer.model).__name__ != "BPE":

@@ -3,12 +3,11 @@
     python tests/benchmark.py
 
 It makes its checkpoints in a temporary folder; random weights are as fast as trained ones. It takes
-half an hour on two cores; --only runs a part. A ratio is our time over the other's in the same
+a while on two cores; --only runs a part. A ratio is our time over the other's in the same
 round: the table has the median of these ratios, then the lowest and the highest. It can differ from
 the ratio of the two median times beside it.
 """
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -105,39 +104,6 @@ for row in x.tolist():
     print(">", tokenizer.decode([token for token in row if token < len(ranks)]))
 """
 
-LOAD = """
-import sys, time
-{}
-start = time.perf_counter()
-model = {}.from_pretrained(sys.argv[1])
-print(time.perf_counter() - start)
-"""
-
-# Both sides learn to predict the next one of the same tokens; the losses of all steps are compared.
-TRAIN = """
-import json, statistics, sys, time, torch
-from torch.nn import functional as F
-{}
-model = {}.from_pretrained(sys.argv[1]).to(sys.argv[2])
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-idx = torch.randint(50257, (4, 129), generator=torch.Generator().manual_seed(0)).to(sys.argv[2])
-seconds, losses = [], []
-for _ in range(5):
-    start = time.perf_counter()
-    logits = model(idx[:, :-1])
-    logits = getattr(logits, "logits", logits)
-    loss = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())  # which waits for the GPU
-    seconds.append(time.perf_counter() - start)
-print(json.dumps([statistics.median(seconds[1:]), losses]))
-"""
-
-SIDES = {"ours": ("from train_gpt2 import GPT", "GPT"),
-         "transformers": ("from transformers import GPT2LMHeadModel as M", "M")}
-
 # A small process in between, since the peak memory of a child is at least that of its parent.
 COLD = """
 import json, subprocess, sys, time
@@ -152,10 +118,10 @@ print(json.dumps((seconds, peak, stdout)))
 """
 
 
-def cold(*arguments, cwd=ROOT):
+def cold(*arguments):
     """Run Python in a fresh process: seconds, peak MiB (not a number on Windows), stdout."""
     command = [sys.executable, "-c", COLD, sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8",
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8",
                           errors="replace", check=False)
     return json.loads(done.stdout) if done.returncode == 0 else sys.exit(done.stderr)
 
@@ -183,14 +149,10 @@ def compare(what, unit, rounds, runs):
 
 
 def whole(what, folder, args, **more):
-    """Whole processes: the command, the pipeline, and the older version if there is one."""
-    def script(root):
-        return lambda: cold("train_gpt2.py", "--model", folder, "--device", args.device, cwd=root)
-
-    runs = {"ours": script(ROOT), "pipeline": lambda: cold("-c", PIPELINE, folder, args.device)}
-    if args.older:
-        more["older version"] = script(args.older)
-    yield from compare(what, "s", args.rounds, runs | more)
+    """Whole processes: the command and the pipeline."""
+    yield from compare(what, "s", args.rounds, {
+        "ours": lambda: cold("train_gpt2.py", "--model", folder, "--device", args.device),
+        "pipeline": lambda: cold("-c", PIPELINE, folder, args.device), **more})
 
 
 def job(folder, args):
@@ -210,26 +172,9 @@ def old(folder, args):
     yield from whole("the command, .bin and vocab.json", folder / "bin", args)
 
 
-def load(folder, args):
-    def timed(side):
-        return lambda: (float(cold("-c", LOAD.format(*SIDES[side]), folder)[2]), None, None)
-    yield from compare("from_pretrained, 124M", "s", args.rounds, {name: timed(name)
-                                                                  for name in SIDES})
-
-
-def load_older(folder):
-    """The GPT of another version of the script, which stays apart from this one."""
-    spec = importlib.util.spec_from_file_location("older", folder / "train_gpt2.py")
-    module = sys.modules["older"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.GPT
-
-
 def generation(what, folder, args, B, length):
     """Sample B rows up to length: milliseconds a token."""
     classes = {"ours": GPT, "generate()": transformers.GPT2LMHeadModel}
-    if args.older:
-        classes["older version"] = load_older(args.older)
     idx = torch.arange(B * PROMPT, device=args.device).view(B, PROMPT)
     theirs = {"do_sample": True, "top_k": 50, "attention_mask": torch.ones_like(idx)}
 
@@ -260,18 +205,6 @@ def full(folder, args):
         yield from generation(f"124M, {B} rows, length 128", folder, args, B, 128)
 
 
-def train(folder, args):
-    def step(side):
-        def run():
-            code = TRAIN.format(*SIDES[side])
-            _, mib, stdout = cold("-c", code, folder, args.device)
-            seconds, losses = json.loads(stdout)
-            return seconds, mib, losses
-        return run
-    yield from compare("a step of AdamW, 124M, 4 × 128 tokens", "s", args.rounds, {
-        name: step(name) for name in SIDES})
-
-
 def machine(device):
     cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform.processor() says little
     cpu = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
@@ -282,15 +215,13 @@ def machine(device):
 
 
 def main():
-    parts = {part.__name__: part for part in (job, old, load, narrow, full, train)}
+    parts = {part.__name__: part for part in (job, old, narrow, full)}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how many are counted")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts, metavar="PART",
                         help=", ".join(parts))
-    parser.add_argument("--older", type=Path, metavar="FOLDER",
-                        help="the folder of another version, to measure it too")
     args = parser.parse_args()
     rows = []
     try:

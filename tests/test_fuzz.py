@@ -138,12 +138,13 @@ def test_every_damage_is_refused_or_answers(tmp_path):
         (folder := tmp_path / kind).mkdir()
         checkpoints.write_checkpoint(folder, tokenizer, layout, n_layer=1, pad_token_id=1)
         checkpoints.change_json(folder / "tokenizer_config.json", add_bos_token=False,
-                                add_prefix_space=False, extra_special_tokens=[])
+                                add_prefix_space=False, extra_special_tokens={})
         paths += [Path(kind, name) for name in names]
     process = subprocess.run(
         [sys.executable, __file__, *paths], cwd=tmp_path, check=False, capture_output=True,
         encoding="utf-8", errors="replace", env=os.environ | {"PYTHONPATH": str(ROOT)})
-    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    lines = [json.loads(line) for line in process.stdout.splitlines()
+             if not line.startswith("Ignored unknown kwarg")]  # tokenizers 0.22 prints such lines
     assert process.returncode == 0, (lines[-1:], process.stderr[-3000:])
     wrong = [str(line) for line in lines if line[0] not in ("trying", "refused", "answers")]
     assert not wrong, "\n".join(wrong)

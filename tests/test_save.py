@@ -15,6 +15,7 @@ import torch
 from checkpoints import (
     ROOT,
     TORCH,
+    TRANSFORMERS,
     change_json,
     expected,
     pair,
@@ -173,7 +174,8 @@ def test_with_and_without_a_tokenizer(tmp_path, capsys, monkeypatch):
     assert contents(folder) == before
     with pytest.raises(SystemExit):
         main(["--model", str(folder)])
-    assert "model.save_pretrained(folder, tokenizer)" in capsys.readouterr().err
+    says = "model.save_pretrained(folder, tokenizer)" if TRANSFORMERS >= (5, 0) else str(folder)
+    assert says in capsys.readouterr().err
     tokenizer = train_bpe(["<s>", "</s>", "<pad>"])
     for bos, eos, pad, names in [(0, [1, 0], 2, ["<s>", "</s>", "<pad>"]),
                                  (500, 0, 399, [None, "<s>", None])]:

@@ -176,4 +176,5 @@ def test_no_tokenizer_is_refused(tmp_path, files):
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
     half = "vocab.json" in files or "merges.txt" in files
-    assert half or "save_pretrained(folder, tokenizer)" in str(caught.value)
+    if not half and checkpoints.TRANSFORMERS >= (5, 0):  # before, transformers itself refuses it
+        assert "save_pretrained(folder, tokenizer)" in str(caught.value)
