@@ -352,7 +352,7 @@ class GPT(nn.Module):
                      for key in SPECIAL_IDS if ids[key] in special}
             files["tokenizer.json"] = json.loads(tokenizer.to_str())
             files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-            stale = ["special_tokens_map.json", "added_tokens.json"]
+            stale = OLDER_FILES
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # In the folder itself: moving a file within a disk is a single step.
@@ -395,6 +395,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat1
 SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
 OTHER_NAMES = {"max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
                "transformers_weights"}  # transformers prefers these to n_positions and so on
+OLDER_FILES = ["special_tokens_map.json", "added_tokens.json"]  # of transformers 4's tokenizers
 BPE_OPTIONS = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
                "fuse_unk", "byte_fallback", "ignore_merges"]
 GPT2_RULES = "None ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True) ByteLevel("
@@ -531,7 +532,7 @@ def load_tokenizer(name):
     tokenizer.decode(ids). A plain tokenizer.json is read here, and any other kind by transformers.
     Raises InputError if it is damaged or missing, OSError if it can't be downloaded or opened."""
     folder = find_folder(name, ["config.json", "tokenizer.json", "tokenizer_config.json",
-                                "special_tokens_map.json", "added_tokens.json"])
+                                *OLDER_FILES])
     path = folder / "tokenizer.json"
     if path.exists():
         with reading(path):
@@ -556,9 +557,8 @@ def special_tokens(tokenizer):
 
 
 def is_plain(tokenizer, folder):
-    """FAST: whether transformers takes a tokenizer.json as it is, and so need not be imported. No
-    other file in the folder has a setting that changes it, or names a token that isn't special in
-    it, with the same options. If this returned False, the tokens would be the same."""
+    """FAST: whether it is certain that transformers takes this tokenizer.json as it is, and so need
+    not be imported. If this returned False, the tokens would be the same."""
     settings = read_json(folder / "tokenizer_config.json")
     kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
     if kind in ("GPT2Tokenizer", "GPT2TokenizerFast"):
@@ -571,24 +571,13 @@ def is_plain(tokenizer, folder):
         settings = dict.fromkeys(names, "<|endoftext|>") | settings
     elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return False
-    special = [token.__getstate__() | {"__type": "AddedToken"}  # a dict of the token's options
-               for token in special_tokens(tokenizer).values()]
-
-    def is_known(token):  # as a string or a dict of options; an empty one names nothing
-        token = token if isinstance(token, dict) else {"content": token}
-        known = any(token.items() <= options.items() for options in special)
-        return known or not token.get("content", True)
-
+    # These settings change a tokenizer, unless they name a token that is special in it already.
+    special = [token.content for token in special_tokens(tokenizer).values()]
     keys = ("_token", "_special_tokens", "added_tokens_decoder", "_files", "add_prefix_space")
     if type(tokenizer.model).__name__ != "BPE":
         keys += ("clean_up_tokenization_spaces",)
-    older = read_json(folder / "special_tokens_map.json")
-    tokens = list(read_json(folder / "added_tokens.json"))
-    for key, value in [*settings.items(), *older.items()]:
-        if key.endswith(keys):
-            many = isinstance(value, dict) and "content" not in value  # {name or id: token}
-            tokens += value.values() if many else value if isinstance(value, list) else [value]
-    return all(map(is_known, tokens))
+    return not any((folder / name).exists() for name in OLDER_FILES) and all(
+        not value or value in special for key, value in settings.items() if key.endswith(keys))
 
 
 # ------------------------------------------- Command line -----------------------------------------
