@@ -193,6 +193,7 @@ def on_the_hub(folder):
         token["normalized"] = True
     path.write_text(json.dumps(raw))
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4 wrote it
     return size
 
 
@@ -287,10 +288,11 @@ def tokens_that_only_the_map_names(folder):
 
 PLAIN = {  # read here, without transformers
     "today": save_tokenizer, "on the Hub": on_the_hub, "alone": tokenizer_json_alone,
-    "added": added_tokens, "own": own_special_tokens, "parts": other_parts, "metaspace": metaspace,
+    "own": own_special_tokens, "parts": other_parts, "metaspace": metaspace,
 }
 TOKENIZERS = PLAIN | {  # the others are read by transformers
-    "vocab.json": save_vocab_json, "slow": saved_by_a_slow_tokenizer, "Roberta": roberta,
+    "added": added_tokens, "vocab.json": save_vocab_json, "slow": saved_by_a_slow_tokenizer,
+    "Roberta": roberta,
     "vocab.txt": bert, "named": tokens_that_only_the_config_names,
     "mapped": tokens_that_only_the_map_names,
     # ByteLevelBPETokenizer(...).save() too: transformers makes <|endoftext|> special by itself.

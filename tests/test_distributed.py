@@ -106,7 +106,7 @@ def test_it_stops_and_saves_nothing(folder, lr, env, message):
     assert not (folder / "mine.pt").exists()
 
 
-# How a script of two processes ends. If it just ended, a thread of gloo's could abort it: the thread
+# How a script of two processes ends. Otherwise, a thread of gloo can abort it: the thread
 # frees a tensor while Python is shutting down. That happened in 1 of 20 runs on a busy machine.
 LEAVE = "sys.stdout.flush(); os._exit(0)\n"
 

@@ -82,7 +82,7 @@ def test_every_kind_of_model(tmp_path, capsys, asked, kind):
         pytest.skip("transformers 4 ignores the scale settings under sdpa")
     assert_same_words(capsys, write_checkpoint(tmp_path, **KINDS[kind]), PROMPTS[:2])
     read_here = "shards" not in kind and "bin" not in kind
-    assert set(asked) == (set() if read_here else {"GPT2LMHeadModel"})
+    assert set(asked) - {"AutoTokenizer"} == (set() if read_here else {"GPT2LMHeadModel"})
 
 
 def test_fewer_ids_than_the_tokenizer(tmp_path, capsys):
