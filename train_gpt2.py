@@ -50,7 +50,7 @@ def require(condition, message):
 @dataclass
 class GPTConfig:
     """The sizes and settings of a GPT-2; the defaults are those of `gpt2` (124M parameters). Fields
-    that you add are saved and loaded too. Raises InputError (see check_config, further down)."""
+    that you add are saved and loaded too. Impossible values raise InputError: see check_config."""
     block_size: int = 1024  # maximum context length
     vocab_size: int = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
     n_layer: int = 12
@@ -343,7 +343,6 @@ class GPT(nn.Module):
         del config["block_size"]  # transformers' name for it is n_positions
         files = {"config.json": config,
                  "generation_config.json": {key: config[key] for key in SPECIAL_IDS}}
-        stale = []  # an older tokenizer's files, which would be read with the new one's
         tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if isinstance(tokenizer, Tokenizer):
             special = {i: token.content for i, token in special_tokens(tokenizer).items()}
@@ -352,7 +351,6 @@ class GPT(nn.Module):
                      for key in SPECIAL_IDS if ids[key] in special}
             files["tokenizer.json"] = json.loads(tokenizer.to_str())
             files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-            stale = OLDER_FILES
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # In the folder itself: moving a file within a disk is a single step.
@@ -364,8 +362,8 @@ class GPT(nn.Module):
             safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
             for path in Path(temporary).iterdir():
                 path.replace(folder / path.name)
-        for name in stale:
-            (folder / name).unlink(missing_ok=True)
+        for name in OLDER_FILES if "tokenizer.json" in files else []:
+            (folder / name).unlink(missing_ok=True)  # they would be read with the new tokenizer
         require(tokenizer is None or "tokenizer.json" in files, f"{folder} is saved, but without a "
                 f"tokenizer: a {type(tokenizer).__name__} isn't of the tokenizers library")
 
@@ -463,9 +461,8 @@ def ask_transformers(class_name, name, **options):
     transformers.utils.logging.set_verbosity_error()
     if Path(name).is_dir():  # else something may be downloaded, which should show its progress
         transformers.utils.logging.disable_progress_bar()
-    reader = getattr(transformers, class_name)
     with reading(name):
-        return reader.from_pretrained(str(name), **options)
+        return getattr(transformers, class_name).from_pretrained(str(name), **options)
 
 
 def read_json(path):

@@ -65,6 +65,9 @@ def tiny(tmp_path_factory):
                         bos_token_id=size - 1, eos_token_id=size - 1)
     save(model, folder, "hub")
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # tokenizer.json
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4 wrote these two
+    (folder / "added_tokens.json").unlink(missing_ok=True)
     return folder
 
 

@@ -15,6 +15,7 @@ import transformers
 from checkpoints import LAYOUTS, change_json, random_gpt2, save, write_checkpoint
 from mistakes import IDX, change_weights, refused, refused_everywhere
 
+import train_gpt2
 from train_gpt2 import GPT, InputError, KVCache, load_tokenizer, main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +86,14 @@ def test_out_of_memory_gets_one_line(tmp_path, monkeypatch, capsys, place, fail)
     write_checkpoint(tmp_path, "named")
     monkeypatch.setattr(place, lambda *_, **__: fail())
     assert "damaged" not in refused(capsys, ["--model", tmp_path], "memory")
+
+
+def test_a_hub_model_that_cannot_be_reached_is_not_called_damaged():
+    """transformers raises such an OSError for weights that it can't download."""
+    error = OSError("no network")
+    with pytest.raises(OSError) as caught, train_gpt2.reading("somebody/model"):
+        throw(error)
+    assert caught.value is error
 
 
 # Calls from Python
@@ -203,6 +212,7 @@ def test_a_damaged_file_is_named(tmp_path, capsys, kind, name):
     ({"n_head": 3}, ["n_embd", "32", "n_head", "3"]),
     ({"layer_norm_epsilon": "1e-5"}, ["layer_norm_epsilon", "'1e-5'"]),
     ({"eos_token_id": [1.5]}, ["generation_config.json", "eos_token_id", "1.5"]),
+    ({"eos_token_id": [None]}, ["generation_config.json", "eos_token_id", "None"]),
     ({"model_type": "llama"}, ["model_type", "'llama'", "'gpt2'"]),
     ({"add_cross_attention": True}, ["add_cross_attention", "True"]),
     ({"activation_function": "quick_gelu"}, ["activation_function", "'quick_gelu'", "gelu_new"]),

@@ -155,6 +155,14 @@ def test_a_changed_model(tmp_path, change, tied):
         assert torch.equal(ours.generate(idx, 16, 0), gpt.generate(idx, 16, 0))
 
 
+def test_a_compiled_head_that_is_tied(tmp_path):
+    """It isn't saved a second time, under the name that torch.compile gives it."""
+    gpt = GPT(GPTConfig(vocab_size=50, n_layer=1, n_head=2, n_embd=32))
+    gpt.lm_head = torch.compile(gpt.lm_head)
+    gpt.save_pretrained(tmp_path)
+    assert not any("lm_head" in name for name in safetensors.torch.load_file(tmp_path / "model.safetensors"))
+
+
 # Tokenizers
 
 def test_with_and_without_a_tokenizer(tmp_path, capsys, monkeypatch):
