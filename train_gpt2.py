@@ -299,7 +299,8 @@ class GPT(nn.Module):
             embedding = weights.setdefault(wte, weights.get(head))
             output = weights.setdefault(head, embedding)
             config.tie_word_embeddings = output is embedding or torch.equal(output, embedding)
-        # A damaged config.json could ask for more memory than any machine has. The 10 is slack.
+        # A damaged config.json could ask for more memory than any machine has. An intact one never
+        # asks for ten times its weights.
         size = config.n_embd * max(config.vocab_size, config.block_size, config.n_inner or 0,
                                    config.n_layer * config.n_embd)
         require(size <= 10 * sum(tensor.numel() for tensor in weights.values()),
@@ -461,8 +462,9 @@ def ask_transformers(class_name, name, **options):
     transformers.utils.logging.set_verbosity_error()
     if Path(name).is_dir():  # else something may be downloaded, which should show its progress
         transformers.utils.logging.disable_progress_bar()
+    reader = getattr(transformers, class_name)
     with reading(name):
-        return getattr(transformers, class_name).from_pretrained(str(name), **options)
+        return reader.from_pretrained(str(name), **options)
 
 
 def read_json(path):
@@ -503,8 +505,8 @@ def read_checkpoint(name):
     require(dtype in DTYPES, f"{name} is in {dtype}, but only {', '.join(DTYPES)} are supported")
     weights = {}
     for key, tensor in tensors.items():
-        if key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks in older files
-            continue
+        if key.endswith((".attn.bias", ".attn.masked_bias")) and tensor.ndim != 1:
+            continue  # a causal mask in an older file; a bias of your own would have one dimension
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # the Hub's gpt2 lacks the prefix
             key = f"transformer.{key}"
         if tensor.is_floating_point() or tensor.is_complex():

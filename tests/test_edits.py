@@ -134,6 +134,18 @@ def test_the_lectures_attention(edited, checkpoint, tmp_path, mask):
     assert fresh(random_idx(fresh, 2, 9)).isfinite().all()
 
 
+def test_a_bias_of_your_own_in_attention(edited, checkpoint, tmp_path):
+    """It has the name of the masks in older files, but it is saved and read again."""
+    module = edited(after(INIT, "        self.bias = nn.Parameter(torch.zeros(config.n_embd))\n"),
+                    ("        return self.c_proj(y)\n", "        return self.c_proj(y + self.bias)\n"))
+    model = module.GPT(module.GPTConfig(n_layer=1, n_embd=8, n_head=1, vocab_size=50))
+    model.transformer.h[0].attn.bias.data.fill_(0.5)
+    idx = random_idx(model, 2, 9)
+    assert torch.equal(ours_again(model, tmp_path)(idx), model(idx))
+    with pytest.raises(module.InputError, match="lack: transformer.h.0.attn.bias"):
+        module.GPT.from_pretrained(checkpoint)
+
+
 def test_dropout(edited, checkpoint, tmp_path):
     """In the config and the blocks: off in eval mode, at work in training, saved and read again.
     gpt2's config.json has no dropout, so it is given on loading."""
