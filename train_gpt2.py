@@ -1,8 +1,7 @@
 """GPT-2 in one file: the model, sampling, and Hugging Face checkpoints.
 
 The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The
-file is named after the one in Karpathy's lecture "Let's reproduce GPT-2 (124M)", but it doesn't
-train by itself; the README has a training program to copy and change. Shapes in comments:
+file doesn't train by itself; the README has a program that does. Shapes in comments:
     B   batch: the number of rows
     T   time: the number of tokens in each row of this call
     S   the number of tokens that can be attended to: these T and the cached ones before them
@@ -15,7 +14,7 @@ Logits, gradients and sampled tokens are bit-identical to those of transformers'
 eval mode. Two tags mark odd-looking code that you can skip on a first reading:
     BITS  is there to round exactly as transformers does. A sum of floats rounds differently if the
           order of its terms changes, or even if its tensors are laid out differently in memory.
-    FAST  only saves time, when the program starts or ends.
+    FAST  only saves time when the program starts or ends.
 """
 import argparse
 import gc
@@ -79,8 +78,7 @@ class GPTConfig:
 
 class Conv1D(nn.Module):
     """A linear layer, x @ weight + bias: (..., n_in) → (..., n_out). GPT-2 checkpoints store the
-    weight as (n_in, n_out). nn.Linear's is (n_out, n_in), so the lecture transposes on loading.
-    OpenAI's code called this a convolution of width 1."""
+    weight as (n_in, n_out). nn.Linear's is (n_out, n_in), so the lecture transposes on loading."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -96,9 +94,8 @@ class Conv1D(nn.Module):
 class KVCache:
     """The keys and values that one attention layer has computed so far during a call to generate().
 
-    The lecture runs the model on the whole text again for each new token. But a token attends only
-    to itself and to the tokens before it, so its key and value never change. With those cached, the
-    model runs on the new token alone, and its query attends to all keys and values so far.
+    A token attends only to itself and to those before it, so its key and value never change. With
+    these cached, the model runs on each new token alone, and not on the whole text again.
     """
 
     def __init__(self, max_length):
@@ -108,11 +105,10 @@ class KVCache:
     def append(self, k, v):
         """Add the keys and values of T tokens, (B, nh, T, hs); return those of all S tokens."""
         B, nh, T, hs = k.shape
+        assert self.length == 0 or T == 1, "after the prompt, the cache takes one token at a time"
         if self.length == 0:
             self.k = k.new_empty(B, nh, self.max_length, hs)
             self.v = v.new_empty(B, nh, self.max_length, hs)
-        else:
-            assert T == 1, "after the prompt, the cache takes one token at a time"
         self.k.narrow(2, self.length, T).copy_(k)  # a slice that raises if there is no room
         self.v.narrow(2, self.length, T).copy_(v)
         self.length += T
@@ -253,8 +249,8 @@ class GPT(nn.Module):
 
         Samples from the top_k most likely tokens with torch's global generator; top_k=0 samples
         from all, temperature=0 takes the most likely one. After its eos token, a row is filled up
-        with pad_token_id; generation stops once every row has ended. All prompts must be T tokens
-        long: padding would be read as text. With dropout, call eval() first.
+        with pad_token_id; generation stops once every row has ended. Prompts can't be padded: the
+        model would read the padding as text.
         """
         T, V = idx.shape[-1], len(self.transformer.wte.weight)
         require(T < max_length <= self.config.block_size, f"max_length, {max_length}, must be more "
@@ -269,38 +265,37 @@ class GPT(nn.Module):
         fill = pad if pad is not None else (eos_ids or [0])[0]  # without eos_ids, no row ever ends
         eos = torch.tensor(eos_ids).to(idx)
         ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
-        caches = [KVCache(max_length) for _ in self.transformer.h]
+        caches, finite = [KVCache(max_length) for _ in self.transformer.h], True
         new = idx  # the tokens that aren't in the caches yet
         for _ in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):
             logits = self(new, caches=caches)[:, -1].float()  # (B, 1, V) → (B, V)
-            finite = logits.amax(dim=-1).isfinite().all()  # amax of NaN is NaN
+            finite = finite & logits.amax(dim=-1).isfinite().all()  # amax of NaN is NaN
             new = sample(logits, temperature, top_k)  # (B, 1)
             # Ended rows still feed the model what they sample; the result gets `fill` instead.
             idx = torch.cat((idx, new.masked_fill(ended, fill)), dim=1)
             ended = ended | (new == eos).any(dim=1, keepdim=True)
-            if ended.all() | ~finite:  # an `if` waits for the GPU, so there is one for both
-                require(finite, "the logits are NaN or infinite: the weights are bad, or float16 "
-                                "overflowed (use float32 or bfloat16)")
+            if ended.all():
                 break
+        require(finite, "the logits are NaN or infinite: the weights are bad, or float16 "
+                        "overflowed (use float32 or bfloat16)")
         return idx
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """The model in the folder `name`, or of that name on the Hugging Face Hub (`gpt2`), in eval
-        mode and in the dtype that transformers would pick. Its file is memory-mapped if possible:
-        weights are read on first use, and training doesn't change the file. `overrides` replace
-        fields of the config: dropout=0.1, say, once you have added that field. Raises InputError if
-        the checkpoint is damaged or isn't a GPT-2, OSError if it can't be downloaded or opened."""
+        mode and in the dtype that transformers would pick. Its file is memory-mapped if possible;
+        training doesn't change it. `overrides` replace fields of the config, such as dropout=0.1
+        once you have added that field. Raises InputError if the checkpoint is damaged or isn't a
+        GPT-2, OSError if it can't be downloaded or opened."""
         config, weights = read_checkpoint(name)
         config = replace(config, **overrides)
-        wte, head = "transformer.wte.weight", "lm_head.weight"
-        if config.tie_word_embeddings and (wte in weights or head in weights):
-            # A file may hold one of a tied pair, or both. If both differ, they aren't tied.
-            embedding = weights.setdefault(wte, weights.get(head))
-            output = weights.setdefault(head, embedding)
-            config.tie_word_embeddings = output is embedding or torch.equal(output, embedding)
-        # A damaged config.json could ask for more memory than any machine has. An intact one never
-        # asks for ten times its weights.
+        # A file may hold one of a tied pair, or both. If both differ, they aren't tied.
+        names = ["transformer.wte.weight", "lm_head.weight"]
+        pair = [weights[name] for name in names if name in weights]
+        if config.tie_word_embeddings and pair:
+            weights |= zip(names, (pair[0], pair[-1]))
+            config.tie_word_embeddings = pair[0] is pair[-1] or torch.equal(pair[0], pair[-1])
+        # A damaged config.json could ask for more memory than any machine has.
         size = config.n_embd * max(config.vocab_size, config.block_size, config.n_inner or 0,
                                    config.n_layer * config.n_embd)
         require(size <= 10 * sum(tensor.numel() for tensor in weights.values()),
@@ -311,24 +306,21 @@ class GPT(nn.Module):
         except RuntimeError as error:
             raise InputError(f"{name}: weights don't fit config.json: {error!s:.400}") from None
         missing = [key for key, _ in model.named_parameters() if key in missing]  # not buffers
-        require(not missing, f"the model has parameters that the weights in {name} lack: "
-                f"{', '.join(missing[:5])}; instead they have: {', '.join(unused[:5]) or 'none'}")
+        require(not missing, f"the weights in {name} lack parameters of the model, {missing[:5]}, "
+                             f"and have {unused[:5]} instead")
         if unused:
-            print(f"{name}: ignoring {', '.join(unused[:5])}", file=sys.stderr)
+            print(f"{name}: ignoring {unused[:5]}", file=sys.stderr)
         if config.tie_word_embeddings:  # again: assign=True gave each name its own parameter
             model.lm_head.weight = model.transformer.wte.weight
         return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write a folder for from_pretrained, --model, transformers and the Hub: the model as it is
-        now and, if given, a tokenizers.Tokenizer or a fast tokenizer of transformers. Each file is
-        written beside its place and then moved there, so a crash leaves no file half-written.
-
-        Raises OSError or SafetensorError; and InputError, but only after the model is saved, if the
-        tokenizer is of another kind.
-        """
-        head, wte = self.lm_head.weight, self.transformer.wte.weight
-        tied = head is wte or (self.config.tie_word_embeddings and torch.equal(head, wte))
+        now and, if given, a tokenizers.Tokenizer or a fast tokenizer of transformers. A crash
+        leaves no file half-written. Raises OSError or SafetensorError; and InputError for another
+        kind of tokenizer, after the model is saved."""
+        wte = self.transformer.wte.weight
+        tied = self.lm_head.weight is wte
         weights = {}
         for name, tensor in self.state_dict().items():
             name = name.replace("_orig_mod.", "")  # torch.compile(block) adds this
@@ -346,15 +338,15 @@ class GPT(nn.Module):
                  "generation_config.json": {key: config[key] for key in SPECIAL_IDS}}
         tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if isinstance(tokenizer, Tokenizer):
-            special = {i: token.content for i, token in special_tokens(tokenizer).items()}
             ids = config | {"eos_token_id": (self.config.eos_token_ids or [None])[0]}
-            names = {key.removesuffix("_id"): special[ids[key]]  # "bos_token": "<|endoftext|>"
-                     for key in SPECIAL_IDS if ids[key] in special}
+            tokens = tokenizer.get_added_tokens_decoder()
+            names = {key.removesuffix("_id"): tokens[ids[key]].content  # "bos_token": "<s>"
+                     for key in SPECIAL_IDS if ids[key] in tokens and tokens[ids[key]].special}
             files["tokenizer.json"] = json.loads(tokenizer.to_str())
             files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # In the folder itself: moving a file within a disk is a single step.
+        # First beside their places: moving a file within a disk is a single step.
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             for name, content in files.items():
                 text = json.dumps(content, indent=2, default=str)
@@ -372,11 +364,9 @@ class GPT(nn.Module):
 # --------------------------------------------- Sampling -------------------------------------------
 
 def sample(logits, temperature, top_k):
-    """The next token of each row, as in transformers: logits (B, V) float32 → (B, 1) int64.
-
-    The lecture samples from the k most likely tokens. Here the others stay in, with probability 0,
-    so a seed gives tokens other than the lecture's, from the same distribution.
-    """
+    """The next token of each row, as in transformers: logits (B, V) float32 → (B, 1) int64. Tokens
+    outside the top k get probability 0. The lecture leaves them out, so there, the same seed gives
+    other tokens of the same distribution."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -392,12 +382,7 @@ def sample(logits, temperature, top_k):
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
-OTHER_NAMES = {"max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
-               "transformers_weights"}  # transformers prefers these to n_positions and so on
 OLDER_FILES = ["special_tokens_map.json", "added_tokens.json"]  # of transformers 4's tokenizers
-BPE_OPTIONS = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-               "fuse_unk", "byte_fallback", "ignore_merges"]
-GPT2_RULES = "None ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True) ByteLevel("
 
 
 def check_config(config):
@@ -479,14 +464,16 @@ def read_checkpoint(name):
     """The GPTConfig of a folder or Hub model, and {name in GPT's state_dict: tensor}."""
     folder = find_folder(name, ["config.json", "generation_config.json", "model.safetensors"])
     require((folder / "config.json").exists(), f"the folder {folder} isn't a model: it has no "
-            f"config.json. Its files: {', '.join(sorted(os.listdir(folder))[:5]) or 'none'}")
+            f"config.json. Its files: {sorted(os.listdir(folder))[:5]}")
     raw = read_json(folder / "config.json")
     supported = {"model_type": "gpt2", "add_cross_attention": False, "quantization_config": None}
     for key, value in supported.items():
         require(raw.get(key, value) == value, f"config.json in {folder}: {key} must be {value!r}, "
                                               f"not {raw.get(key)!r}")
     path = folder / "model.safetensors"
-    if path.exists() and not OTHER_NAMES & raw.keys():
+    other_names = {"max_position_embeddings", "hidden_size", "num_hidden_layers",
+                   "num_attention_heads"}  # of sizes; transformers prefers them to n_embd and so on
+    if path.exists() and not other_names & raw.keys():
         with reading(path):
             tensors = safetensors.torch.load_file(path)
         tensors = dict(sorted(tensors.items()))  # by name: the first may set the dtype
@@ -495,10 +482,10 @@ def read_checkpoint(name):
                                        output_loading_info=True, ignore_mismatched_sizes=True)
         raw, tensors = model.config.to_dict(), model.state_dict()
         # transformers fills what is missing or doesn't fit with random numbers.
-        missing, unfit = sorted(info["missing_keys"]), list(info["mismatched_keys"])
-        require(not unfit, f"{name}: weights don't fit config.json: {unfit[:3]}")
-        require(not missing, f"the weights in {name} lack {', '.join(missing[:5])}; instead they "
-                f"have: {', '.join(sorted(info['unexpected_keys'])[:5]) or 'none'}")
+        extra = sorted(info["unexpected_keys"])[:5]
+        for kind in ("mismatched_keys", "missing_keys"):
+            require(not info[kind], f"the weights in {name} don't fit config.json: they lack "
+                                    f"{sorted(info[kind])[:5]}, and have {extra} instead")
     # As in transformers, the dtype is config.json's, or else that of the first float tensor.
     first = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or first).removeprefix("torch.")
@@ -509,7 +496,7 @@ def read_checkpoint(name):
             continue  # a causal mask in an older file; a bias of your own would have one dimension
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # the Hub's gpt2 lacks the prefix
             key = f"transformer.{key}"
-        if tensor.is_floating_point() or tensor.is_complex():
+        if tensor.is_floating_point():
             require(tensor.dtype in DTYPES.values(), f"can't load {key} in {name}: {tensor.dtype}")
             tensor = tensor.to(DTYPES[dtype])
         # Windows can't replace a mapped file, and saving may need to, so copy on Windows.
@@ -550,33 +537,33 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def special_tokens(tokenizer):
-    """{id: AddedToken} of the tokens that decode() skips."""
-    return {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-
-
 def is_plain(tokenizer, folder):
-    """FAST: whether it is certain that transformers takes this tokenizer.json as it is, and so need
-    not be imported. If this returned False, the tokens would be the same."""
-    settings = read_json(folder / "tokenizer_config.json")
+    """FAST: whether transformers would surely take this tokenizer.json as it is. It needn't be
+    imported then. If this always returned False, the tokens would be the same."""
+    settings, model = read_json(folder / "tokenizer_config.json"), tokenizer.model
+    if type(model).__name__ != "BPE" or any((folder / name).exists() for name in OLDER_FILES):
+        return False
     kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
     if kind in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-        # transformers 5 takes only the vocabulary and merges. The rest is gpt2's, whatever it was.
-        options = [getattr(tokenizer.model, key, "not a BPE") for key in BPE_OPTIONS]
-        rules = f"{tokenizer.normalizer} {tokenizer.pre_tokenizer} {tokenizer.decoder}"
-        if any(options) or not rules.startswith(GPT2_RULES):
+        # transformers takes only the vocabulary and merges of these. All else becomes gpt2's.
+        options = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                   "fuse_unk", "byte_fallback", "ignore_merges"]
+        rules = (tokenizer.normalizer, str(tokenizer.pre_tokenizer),
+                 type(tokenizer.decoder).__name__)
+        gpt2s = (None, "ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)",
+                 "ByteLevel")
+        if rules != gpt2s or any(getattr(model, option) for option in options):
             return False
         names = ["bos_token", "eos_token", "unk_token"]
         settings = dict.fromkeys(names, "<|endoftext|>") | settings
     elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return False
     # These settings change a tokenizer, unless they name a token that is special in it already.
-    special = [token.content for token in special_tokens(tokenizer).values()]
-    keys = ("_token", "_special_tokens", "added_tokens_decoder", "_files", "add_prefix_space")
-    if type(tokenizer.model).__name__ != "BPE":
-        keys += ("clean_up_tokenization_spaces",)
-    return not any((folder / name).exists() for name in OLDER_FILES) and all(
-        not value or value in special for key, value in settings.items() if key.endswith(keys))
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = [token.content for token in added if token.special]
+    keys = ("_token", "_special_tokens", "added_tokens_decoder", "add_prefix_space")
+    return all(not value or value in special
+               for key, value in settings.items() if key.endswith(keys))
 
 
 # ------------------------------------------- Command line -----------------------------------------
@@ -611,8 +598,7 @@ def main(argv=None):
 
 def complete(model, prompt, num_return_sequences, seed, device, dtype, **options):
     """Print num_return_sequences completions, each after `> `. The options are generate()'s."""
-    require(0 < num_return_sequences < 2**31,
-            f"num_return_sequences must be 1 to 2**31 - 1, not {num_return_sequences}")
+    require(num_return_sequences > 0, f"num_return_sequences can't be {num_return_sequences}")
     require(-2**63 <= seed < 2**64, f"seed must be a 64-bit number, not {seed}")
     if device == "auto":  # never MPS: see the README
         device = "cuda" if torch.cuda.is_available() else "cpu"

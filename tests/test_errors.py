@@ -30,8 +30,7 @@ def words(flags):
 @pytest.mark.parametrize("flags", [
     "--nonsense", "Hello", "--seed", "--max-length 1e2", "--num-return-sequences 2.5",
     "--temperature 0,7", "--top-k all", "--dtype float8", "--num-return-sequences 0",
-    "--num-return-sequences -1", f"--num-return-sequences {2**31}", f"--seed {2**64}",
-    f"--seed {-2**63 - 1}", "--device gpu", "--device ", "--device two\nlines", "--device cuda:99",
+    "--num-return-sequences -1", f"--seed {2**64}", f"--seed {-2**63 - 1}", "--device gpu", "--device ", "--device two\nlines", "--device cuda:99",
     "--device meta", "--device hpu"])
 def test_flags_that_are_checked_before_a_download(offline, capsys, flags):
     """Offline, a download would fail first."""
@@ -67,7 +66,7 @@ BUGS = [ValueError("x"), ZeroDivisionError("x"), RuntimeError("can't allocate x"
 
 
 @pytest.mark.parametrize("error", BUGS, ids=repr)
-@pytest.mark.parametrize("place", ["check_config", "read_json", "find_folder", "special_tokens",
+@pytest.mark.parametrize("place", ["check_config", "read_json", "find_folder",
                                    "is_plain", "sample", "GPT.forward"])
 def test_a_bug_keeps_its_traceback(tiny, monkeypatch, place, error):
     """Wherever in this file it is: none is taken for a damaged checkpoint."""
@@ -163,7 +162,7 @@ def test_what_is_there_is_not_a_folder_of_a_model(offline, tmp_path, monkeypatch
     """A lecture's checkpoint, an empty folder, a folder named as a model on the Hub, an adapter."""
     monkeypatch.chdir(tmp_path)
     for name in ("", ".", tmp_path):
-        refused_everywhere(capsys, name, "config.json", "none")
+        refused_everywhere(capsys, name, "config.json", "files: []")
     for name in ("out/ckpt.pt", "gpt2/notes.txt", "lora/adapter_config.json",
                  "lora/adapter_model.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -243,10 +242,8 @@ def prefixed(prefix):
     (less("transformer.wte.weight"), ["lack", "transformer.wte.weight"]),
     (lambda tensors: tensors.update({"transformer.ln_f.bias": torch.ones(31)}), ["ln_f.bias"]),
     (dict.clear, []),
-    (prefixed("_orig_mod."), ["lack", " transformer.h.0.attn.c_attn.weight", "instead",
-                              "_orig_mod.transf"]),
-    (prefixed("module."), ["lack", " transformer.h.0.attn.c_attn.weight", "instead",
-                           "module.transformer."]),
+    (prefixed("_orig_mod."), ["lack", "'transformer.h.0.", "instead", "'_orig_mod.transformer."]),
+    (prefixed("module."), ["lack", "'transformer.h.0.", "instead", "'module.transformer."]),
 ], ids=["one less", "no wte", "shape", "none", "compiled", "wrapped"])
 def test_weights_that_do_not_fit(tmp_path, capsys, layout, change, says):
     """They are refused, never filled up with random numbers, whoever reads them."""
@@ -272,7 +269,7 @@ def test_tensors_that_gpt2_does_not_have_are_ignored_aloud(model, gpt, capsys):
     names = ["score.weight", "v_head.weight"]
     change_weights(model, lambda tensors: tensors.update(dict.fromkeys(names, torch.ones(2))))
     assert torch.equal(GPT.from_pretrained(model)(IDX), gpt(IDX))
-    assert capsys.readouterr().err == f"{model}: ignoring {', '.join(names)}\n"
+    assert capsys.readouterr().err == f"{model}: ignoring {names}\n"
 
 
 class Trap:
