@@ -1,7 +1,8 @@
 """GPT-2 in one file: the model, sampling, and Hugging Face checkpoints.
 
 The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The
-file doesn't train by itself; the README has a program that does. Shapes in comments:
+lecture that comments speak of is Karpathy's "Let's reproduce GPT-2 (124M)". The file doesn't train
+by itself; the README has a program that does. Shapes in comments:
     B   batch: the number of rows
     T   time: the number of tokens in each row of this call
     S   the number of tokens that can be attended to: these T and the cached ones before them
@@ -86,7 +87,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x):
-        # BITS: a single addmm, with all dimensions but the last flattened into one
+        # x @ weight + bias. BITS: as one addmm, with all dimensions but the last flattened
         y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
         return y.view(*x.shape[:-1], -1)
 
@@ -109,7 +110,7 @@ class KVCache:
         if self.length == 0:
             self.k = k.new_empty(B, nh, self.max_length, hs)
             self.v = v.new_empty(B, nh, self.max_length, hs)
-        self.k.narrow(2, self.length, T).copy_(k)  # a slice that raises if there is no room
+        self.k.narrow(2, self.length, T).copy_(k)  # unlike a slice, it raises if there is no room
         self.v.narrow(2, self.length, T).copy_(v)
         self.length += T
         return self.k[:, :, :self.length], self.v[:, :, :self.length]  # (B, nh, S, hs)
@@ -138,9 +139,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, nh, S, hs)
         if cache is None or hs * k.element_size() % 32 != 0:
-            # BITS: transformers' k and v are contiguous, and how they lie in memory can change the
-            # rounding. In the cache, it doesn't if a head fills whole blocks of 32 bytes. Not
-            # contiguous(): it would keep unusual strides where a dimension is 1.
+            # BITS: transformers' k and v are contiguous, and another layout can change the
+            # rounding. The cache's doesn't if a head fills whole blocks of 32 bytes. contiguous()
+            # isn't enough: it keeps unusual strides where a dimension is 1.
             k = k.clone(memory_format=torch.contiguous_format)
             v = v.clone(memory_format=torch.contiguous_format)
         # softmax(q @ k.transpose(2, 3) * scale + mask) @ v, where the mask is 0 for tokens that may
@@ -152,10 +153,10 @@ class CausalSelfAttention(nn.Module):
 
 
 def gelu_new(x):
-    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), from Hendrycks & Gimpel 2016; any shape.
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), from Hendrycks & Gimpel 2016, for any shape.
 
-    BITS: nn.GELU(approximate="tanh") is the same formula but rounds differently. `half` comes first
-    because autograd adds up the three gradients of x in the reverse order of these lines.
+    BITS: nn.GELU(approximate="tanh") is the same formula but rounds differently. x is used three
+    times, and autograd adds their gradients in reverse order, so `half` comes first.
     """
     half = 0.5 * x
     inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
@@ -201,7 +202,7 @@ class GPT(nn.Module):
     """GPT-2 with its language modeling head. GPT(config) has random initial weights. Parameters are
     named as in transformers' GPT2LMHeadModel. For dropout and the loss, see the README."""
 
-    def __init__(self, config, init=True):
+    def __init__(self, config, init=True):  # False: from_pretrained() will fill the weights
         super().__init__()
         self.config = config
         V, C = config.vocab_size, config.n_embd
@@ -213,22 +214,20 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layer + 1)),
             "ln_f": nn.LayerNorm(C, eps=config.layer_norm_epsilon),
         })
-        self.lm_head = nn.Linear(C, V, bias=False, device="meta")  # FAST: its weight comes next
+        self.lm_head = nn.Linear(C, V, bias=False, device="meta")  # FAST: not allocated yet
         self.lm_head.weight = (self.transformer.wte.weight if config.tie_word_embeddings
                                else nn.Parameter(torch.empty(V, C)))
         for name, p in self.named_parameters():
             if init and p.ndim == 2:  # Conv1D's biases are already 0, and LayerNorm weights 1
                 # The 2 * n_layer layers named c_proj add to x. They start smaller, so that x
                 # doesn't grow with the depth (section 2.3 of the paper).
-                c_proj = name.endswith("c_proj.weight")
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer if c_proj else 1))
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / shrink)
 
     def forward(self, idx, *, caches=None):
-        """idx (B, T) int64 → logits (B, T, V). Raises InputError if T is more than block_size.
-
-        generate() passes `caches`, one KVCache per block, first with the prompt and then with each
-        new token, and gets the logits of the last token only, (B, 1, V).
-        """
+        """Token ids, idx (B, T) int64 → logits (B, T, V). Raises InputError if T is more than
+        block_size. generate() passes `caches`, one KVCache per block: first with the prompt, then
+        with each new token. It gets only the last token's logits, (B, 1, V)."""
         if idx.ndim != 2 or idx.numel() == 0 or idx.shape[1] > self.config.block_size:
             raise InputError("idx must be (B, T), not empty, with T at most the model's block_size "
                              f"{self.config.block_size}, but it is {tuple(idx.shape)}")
@@ -245,7 +244,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_length, temperature=1.0, top_k=50):
         """Continue each row of idx (B, T) int64. Returns (B, at most max_length) int64, the prompt
-        included. Raises InputError.
+        included. Raises InputError if an argument is bad, or the logits aren't finite.
 
         Samples from the top_k most likely tokens with torch's global generator; top_k=0 samples
         from all, temperature=0 takes the most likely one. After its eos token, a row is filled up
@@ -263,17 +262,18 @@ class GPT(nn.Module):
         require(not bad, f"the prompt (idx) has the ids {bad[:5]}; the model's are 0 to {V - 1}")
         eos_ids, pad = self.config.eos_token_ids, self.config.pad_token_id
         fill = pad if pad is not None else (eos_ids or [0])[0]  # without eos_ids, no row ever ends
-        eos = torch.tensor(eos_ids).to(idx)
+        eos = torch.tensor(eos_ids, dtype=idx.dtype, device=idx.device)
         ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
-        caches, finite = [KVCache(max_length) for _ in self.transformer.h], True
+        finite = True
+        caches = [KVCache(max_length) for _ in self.transformer.h]
         new = idx  # the tokens that aren't in the caches yet
         for _ in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):
             logits = self(new, caches=caches)[:, -1].float()  # (B, 1, V) → (B, V)
             finite = finite & logits.amax(dim=-1).isfinite().all()  # amax of NaN is NaN
             new = sample(logits, temperature, top_k)  # (B, 1)
-            # Ended rows still feed the model what they sample; the result gets `fill` instead.
+            # An ended row still feeds the model what it samples, since the model may lack `fill`.
             idx = torch.cat((idx, new.masked_fill(ended, fill)), dim=1)
-            ended = ended | (new == eos).any(dim=1, keepdim=True)
+            ended = ended | (new == eos).any(dim=1, keepdim=True)  # (B, 1)
             if ended.all():
                 break
         require(finite, "the logits are NaN or infinite: the weights are bad, or float16 "
@@ -289,15 +289,15 @@ class GPT(nn.Module):
         GPT-2, OSError if it can't be downloaded or opened."""
         config, weights = read_checkpoint(name)
         config = replace(config, **overrides)
-        # A file may hold one of a tied pair, or both. If both differ, they aren't tied.
-        names = ["transformer.wte.weight", "lm_head.weight"]
-        pair = [weights[name] for name in names if name in weights]
-        if config.tie_word_embeddings and pair:
-            weights |= zip(names, (pair[0], pair[-1]))
-            config.tie_word_embeddings = pair[0] is pair[-1] or torch.equal(pair[0], pair[-1])
-        # A damaged config.json could ask for more memory than any machine has.
-        size = config.n_embd * max(config.vocab_size, config.block_size, config.n_inner or 0,
-                                   config.n_layer * config.n_embd)
+        # A file may hold either of a tied pair, or both. If both are there and differ, untie them.
+        wte, head = "transformer.wte.weight", "lm_head.weight"
+        if config.tie_word_embeddings and (wte in weights or head in weights):
+            embedding = weights.setdefault(wte, weights.get(head))
+            output = weights.setdefault(head, embedding)
+            config.tie_word_embeddings = output is embedding or torch.equal(output, embedding)
+        # A damaged config.json could ask for more memory than any machine has. 10 is a loose bound.
+        size = config.n_embd * max(config.vocab_size, config.block_size,
+                                   config.n_layer * max(config.n_embd, config.n_inner or 0))
         require(size <= 10 * sum(tensor.numel() for tensor in weights.values()),
                 f"config.json in {name} asks for a far larger model than the weights there")
         model = cls(config, init=False)
@@ -305,7 +305,8 @@ class GPT(nn.Module):
             missing, unused = model.load_state_dict(weights, strict=False, assign=True)
         except RuntimeError as error:
             raise InputError(f"{name}: weights don't fit config.json: {error!s:.400}") from None
-        missing = [key for key, _ in model.named_parameters() if key in missing]  # not buffers
+        # Buffers that you added may be missing.
+        missing = [key for key, _ in model.named_parameters() if key in missing]
         require(not missing, f"the weights in {name} lack parameters of the model, {missing[:5]}, "
                              f"and have {unused[:5]} instead")
         if unused:
@@ -346,17 +347,18 @@ class GPT(nn.Module):
             files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # First beside their places: moving a file within a disk is a single step.
+        # Write everything beside its place, then move it: a move within a disk is a single step.
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             for name, content in files.items():
-                text = json.dumps(content, indent=2, default=str)
+                text = json.dumps(content, indent=2, default=str)  # str: of a field that you added
                 Path(temporary, name).write_text(text, encoding="utf-8")
             path = Path(temporary, "model.safetensors")
             safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
             for path in Path(temporary).iterdir():
                 path.replace(folder / path.name)
-        for name in OLDER_FILES if "tokenizer.json" in files else []:
-            (folder / name).unlink(missing_ok=True)  # they would be read with the new tokenizer
+        if "tokenizer.json" in files:
+            for name in OLDER_FILES:  # they would change the new tokenizer
+                (folder / name).unlink(missing_ok=True)
         require(tokenizer is None or "tokenizer.json" in files, f"{folder} is saved, but without a "
                 f"tokenizer: a {type(tokenizer).__name__} isn't of the tokenizers library")
 
@@ -365,8 +367,8 @@ class GPT(nn.Module):
 
 def sample(logits, temperature, top_k):
     """The next token of each row, as in transformers: logits (B, V) float32 → (B, 1) int64. Tokens
-    outside the top k get probability 0. The lecture leaves them out, so there, the same seed gives
-    other tokens of the same distribution."""
+    outside the top k get probability 0. The lecture drops them, so the same seed gives other tokens
+    there."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -378,7 +380,7 @@ def sample(logits, temperature, top_k):
     return torch.multinomial(probs, num_samples=1)
 
 
-# ------------------------- Checkpoints: from a name to a folder, a model, a tokenizer -------------
+# ------------------------------------------- Checkpoints ------------------------------------------
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
@@ -389,7 +391,7 @@ def check_config(config):
     """Raise InputError if a value is impossible. Fields that you add are not checked."""
     for name in ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"]:
         size = getattr(config, name)
-        require(type(size) is int and size > 0 or (name, size) == ("n_inner", None),
+        require((type(size) is int and size > 0) or (name == "n_inner" and size is None),
                 f"{name} can't be {size!r}")
     require(config.n_embd % config.n_head == 0,
             f"n_embd, {config.n_embd}, must be a multiple of n_head, {config.n_head}")
@@ -413,8 +415,8 @@ def find_folder(name, files):
     from huggingface_hub import snapshot_download  # FAST: rarely needed
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
-    except Exception as error:  # noqa: BLE001 - huggingface_hub's and its HTTP library's
-        if hasattr(error, "snapshot_path"):  # offline, and the cache has some of the files
+    except Exception as error:  # noqa: BLE001 - huggingface_hub's libraries raise many kinds
+        if hasattr(error, "snapshot_path"):  # offline: use the files that are in the cache
             return Path(error.snapshot_path)
         raise OSError(f"{name} was not found locally, and could not be downloaded from the Hugging "
                       "Face Hub: check the name and the network, or name a folder that holds "
@@ -423,13 +425,13 @@ def find_folder(name, files):
 
 @contextmanager
 def reading(path):
-    """Name the file or folder when a library fails to read it. Only a call of the library belongs
-    inside, so that our own bugs keep their traceback."""
+    """Name the file or folder when a library fails to read it. Put only library calls inside, so
+    that our own bugs keep their traceback."""
     try:
         yield
     except Exception as error:
-        offline = isinstance(error, OSError) and not Path(path).exists()  # a Hub model
-        if getattr(error, "filename", None) or offline or out_of_memory(error):
+        of_the_hub = isinstance(error, OSError) and not Path(path).exists()
+        if getattr(error, "filename", None) or of_the_hub or out_of_memory(error):
             raise  # it isn't damage, or the error already names its file
         why = str(error).strip().split("\n")[0].split(". ")[0]  # the rest may be bad advice
         raise InputError(f"{path} can't be read ({why}). It may be damaged or incomplete. After a "
@@ -442,7 +444,7 @@ def out_of_memory(error):
 
 
 def ask_transformers(class_name, name, **options):
-    """What a class of transformers makes of a folder or a Hub model."""
+    """Load a folder or a Hub model with a class of transformers."""
     import transformers  # FAST: rarely needed
     transformers.utils.logging.set_verbosity_error()
     if Path(name).is_dir():  # else something may be downloaded, which should show its progress
@@ -471,8 +473,9 @@ def read_checkpoint(name):
         require(raw.get(key, value) == value, f"config.json in {folder}: {key} must be {value!r}, "
                                               f"not {raw.get(key)!r}")
     path = folder / "model.safetensors"
+    # Other names of the sizes. transformers prefers them to n_embd and so on, so it must read them.
     other_names = {"max_position_embeddings", "hidden_size", "num_hidden_layers",
-                   "num_attention_heads"}  # of sizes; transformers prefers them to n_embd and so on
+                   "num_attention_heads"}
     if path.exists() and not other_names & raw.keys():
         with reading(path):
             tensors = safetensors.torch.load_file(path)
@@ -485,7 +488,7 @@ def read_checkpoint(name):
         extra = sorted(info["unexpected_keys"])[:5]
         for kind in ("mismatched_keys", "missing_keys"):
             require(not info[kind], f"the weights in {name} don't fit config.json: they lack "
-                                    f"{sorted(info[kind])[:5]}, and have {extra} instead")
+                                    f"{sorted(info[kind])[:5]} and have {extra} instead")
     # As in transformers, the dtype is config.json's, or else that of the first float tensor.
     first = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or first).removeprefix("torch.")
@@ -493,7 +496,7 @@ def read_checkpoint(name):
     weights = {}
     for key, tensor in tensors.items():
         if key.endswith((".attn.bias", ".attn.masked_bias")) and tensor.ndim != 1:
-            continue  # a causal mask in an older file; a bias of your own would have one dimension
+            continue  # an older file's causal mask; a bias that you added has one dimension
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # the Hub's gpt2 lacks the prefix
             key = f"transformer.{key}"
         if tensor.is_floating_point():
@@ -520,10 +523,9 @@ def load_tokenizer(name):
     folder = find_folder(name, ["config.json", "tokenizer.json", "tokenizer_config.json",
                                 *OLDER_FILES])
     path = folder / "tokenizer.json"
-    if path.exists():
-        with reading(path):
-            tokenizer = Tokenizer.from_file(str(path))
-    if not path.exists() or not is_plain(tokenizer, folder):
+    with reading(path):
+        tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
+    if tokenizer is None or not is_plain(tokenizer, folder):
         theirs = ask_transformers("AutoTokenizer", name, trust_remote_code=False)
         tokenizer = getattr(theirs, "backend_tokenizer", None)
         require(tokenizer and (type(tokenizer.model).__name__ == "BPE" or
@@ -538,12 +540,13 @@ def load_tokenizer(name):
 
 
 def is_plain(tokenizer, folder):
-    """FAST: whether transformers would surely take this tokenizer.json as it is. It needn't be
-    imported then. If this always returned False, the tokens would be the same."""
+    """FAST: whether transformers would surely take this tokenizer.json as it is, so that it needn't
+    be imported. A wrong False costs time; a wrong True would change the tokens."""
     settings, model = read_json(folder / "tokenizer_config.json"), tokenizer.model
     if type(model).__name__ != "BPE" or any((folder / name).exists() for name in OLDER_FILES):
         return False
-    kind = settings.get("tokenizer_class") or "GPT2Tokenizer"
+    kind = (settings.get("tokenizer_class")
+            or read_json(folder / "config.json").get("tokenizer_class") or "GPT2Tokenizer")
     if kind in ("GPT2Tokenizer", "GPT2TokenizerFast"):
         # transformers takes only the vocabulary and merges of these. All else becomes gpt2's.
         options = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
@@ -561,15 +564,15 @@ def is_plain(tokenizer, folder):
     # These settings change a tokenizer, unless they name a token that is special in it already.
     added = tokenizer.get_added_tokens_decoder().values()
     special = [token.content for token in added if token.special]
-    keys = ("_token", "_special_tokens", "added_tokens_decoder", "add_prefix_space")
+    endings = ("_token", "_special_tokens", "added_tokens_decoder", "add_prefix_space")
     return all(not value or value in special
-               for key, value in settings.items() if key.endswith(keys))
+               for key, value in settings.items() if key.endswith(endings))
 
 
 # ------------------------------------------- Command line -----------------------------------------
 
 def main(argv=None):
-    """Exit status: 2 after bad input, and stderr's last line says why."""
+    """Run the command. After bad input, it exits with status 2, and stderr's last line says why."""
     gc.freeze()  # FAST: so that Python doesn't scan everything imported for garbage at exit
     parser = argparse.ArgumentParser(
         "train_gpt2.py", description="Complete a prompt with GPT-2.", usage=argparse.SUPPRESS,
@@ -585,7 +588,7 @@ def main(argv=None):
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto: cuda, else cpu")
     flag("--dtype", default="auto", choices=["auto", *DTYPES], help="auto keeps the checkpoint's")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, nor if it is closed (None)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it; a closed one is None
         # A console shows ? for characters it lacks. Files and pipes get UTF-8, even on Windows.
         sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
     try:
@@ -617,8 +620,8 @@ def complete(model, prompt, num_return_sequences, seed, device, dtype, **options
     torch.manual_seed(seed)
     rows = gpt.generate(idx.repeat(num_return_sequences, 1), **options)
     for row in rows.tolist():
-        # The prompt as given, then the new tokens (after an empty prompt, bos too). As in
-        # transformers' pipeline, decode() skips special tokens.
+        # The prompt as given, then the new tokens (and bos, if the prompt is empty). decode()
+        # skips special tokens, as transformers' pipeline does.
         print(">", prompt + tokenizer.decode(row[len(ids):]), flush=True)
 
 

@@ -1,6 +1,5 @@
 """GPT-2 checkpoints of every kind that people have, with random weights, for all tests."""
 import json
-import math
 import os
 from pathlib import Path
 
@@ -45,9 +44,9 @@ def random_gpt2(seed=0, **config):
     return model
 
 
-LAYOUTS = ["saved", "shards", "hub", "old", "bin", "bin before torch 1.6", "bin shards"]
-if TORCH < (2, 6):
-    LAYOUTS = LAYOUTS[:4]  # neither side reads a .bin file with such a torch
+LAYOUTS = ["saved", "shards", "hub", "old"]
+if TORCH >= (2, 6):
+    LAYOUTS += ["bin", "bin shards"]  # before, neither side reads a .bin file
 
 
 def save(model, folder, layout="saved"):
@@ -72,18 +71,14 @@ def save(model, folder, layout="saved"):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     (folder / "model.safetensors").unlink()
-    if tied:  # as one tensor under two names
-        tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    if layout == "bin shards":
-        places = {name: f"pytorch_model-0000{1 + i % 3}-of-00003.bin"
-                  for i, name in enumerate(tensors)}
-        for shard in set(places.values()):
-            torch.save({name: tensors[name] for name in tensors if places[name] == shard},
-                       folder / shard)
-        change_json(folder / "pytorch_model.bin.index.json", metadata={}, weight_map=places)
-    else:
-        zipped = layout == "bin"
-        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    if layout == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return folder
+    shards = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
+    for shard in set(shards.values()):
+        part = {name: tensor for name, tensor in tensors.items() if shards[name] == shard}
+        torch.save(part, folder / shard)
+    change_json(folder / "pytorch_model.bin.index.json", metadata={}, weight_map=shards)
     return folder
 
 
@@ -95,14 +90,6 @@ def pair(folder, dtype="auto", device="cpu"):
     if dtype != "auto":
         ours, theirs = ours.to(dtype), theirs.to(dtype)
     return ours.to(device), theirs.to(device)
-
-
-OTHER_SCALE = "transformers 4 scales by 1 / sqrt(hs), 5 by hs**-0.5; here the two differ"
-
-
-def same_scale(hs, dtype):
-    """Whether the installed transformers scales heads of hs channels as transformers 5 does."""
-    return TRANSFORMERS >= (5, 0) or dtype != torch.float64 or hs**-0.5 == 1 / math.sqrt(hs)
 
 
 def random_idx(model, B, T, seed=0):
@@ -120,13 +107,13 @@ def loss_of(model, idx):
 
 
 def assert_equal_gradients(ours, theirs, idx):
+    losses = []
+    for model in (ours, theirs):
+        model.zero_grad()
+        losses.append(loss_of(model, idx))
+        losses[-1].backward()
+    assert torch.equal(*losses)
     parameters = dict(ours.named_parameters())
-    ours.zero_grad()
-    theirs.zero_grad()
-    loss, expected = loss_of(ours, idx), loss_of(theirs, idx)
-    assert torch.equal(loss, expected)
-    loss.backward()
-    expected.backward()
     for name, p in theirs.named_parameters():
         assert torch.equal(parameters[name].grad, p.grad), name
 
@@ -162,8 +149,7 @@ def save_tokenizer(folder, tokenizer=None, special=(), words=(), **names):
 
 def save_vocab_json(folder, vocab_size=400):
     """vocab.json and merges.txt as OpenAI's are, with <|endoftext|> last; returns their size."""
-    bpe = train_bpe([], vocab_size - 1)
-    bpe.model.save(str(folder))
+    train_bpe([], vocab_size - 1).model.save(str(folder))
     change_json(folder / "vocab.json", **{EOT: vocab_size - 1})
     return vocab_size
 
@@ -183,18 +169,15 @@ def change_json(path, **fields):
 
 def on_the_hub(folder):
     """A tokenizer.json in the older form that the Hub's gpt2 has."""
-    size, path = save_tokenizer(folder), folder / "tokenizer.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    bpe = json.loads(train_bpe().to_str())
     for key in ("type", "byte_fallback", "ignore_merges"):
-        raw["model"].pop(key, None)
-    raw["model"]["merges"] = [" ".join(merge) for merge in raw["model"]["merges"]]
-    raw["pre_tokenizer"].pop("use_regex", None)
-    for token in raw["added_tokens"]:
-        token["normalized"] = True
-    path.write_text(json.dumps(raw))
-    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
-    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4 wrote it
-    return size
+        bpe["model"].pop(key, None)
+    bpe["model"]["merges"] = [" ".join(merge) for merge in bpe["model"]["merges"]]
+    bpe["pre_tokenizer"].pop("use_regex", None)
+    bpe["added_tokens"][0]["normalized"] = True
+    change_json(folder / "tokenizer.json", **bpe)
+    change_json(folder / "tokenizer_config.json", model_max_length=1024)
+    return 400
 
 
 def tokenizer_json_alone(folder, listed=(EOT,)):
@@ -228,13 +211,6 @@ def other_parts(folder):
         pre_tokenizer=pre_tokenizers.Sequence([digits, spaces]), post_processor=before))
 
 
-def metaspace(folder):
-    """A BPE of characters, as SentencePiece's: what it doesn't know is one token."""
-    return save_tokenizer(folder, train_bpe(
-        model=models.BPE(unk_token=EOT), pre_tokenizer=pre_tokenizers.Metaspace(),
-        decoder=decoders.Metaspace()))
-
-
 def saved_by_a_slow_tokenizer(folder):
     """As transformers 4.34 to 4.57 wrote it, with tokens of all options."""
     size = save_vocab_json(folder)
@@ -246,19 +222,11 @@ def saved_by_a_slow_tokenizer(folder):
              for name, own in added.items()}
     names = {"bos_token": EOT, "eos_token": EOT, "unk_token": EOT, "pad_token": "[PAD]"}
     change_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", **names,
-                added_tokens_decoder={size - 1 + i: own for i, own in enumerate(added.values())},
-                add_bos_token=False, add_prefix_space=False, errors="replace")
+                added_tokens_decoder={size - 1 + i: own for i, own in enumerate(added.values())})
     change_json(folder / "added_tokens.json",
                 **{name: size - 1 + i for i, name in enumerate(added) if i})
     change_json(folder / "special_tokens_map.json", **names)
     return size - 1 + len(added)
-
-
-def roberta(folder):
-    """vocab.json and merges.txt, but <s> and </s> go around each text, and <mask> eats a space."""
-    train_bpe(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]).model.save(str(folder))
-    change_json(folder / "tokenizer_config.json", tokenizer_class="RobertaTokenizer")
-    return 400
 
 
 def bert(folder):
@@ -282,27 +250,22 @@ def tokens_that_only_the_config_names(folder):
 
 def tokens_that_only_the_map_names(folder):
     """As before transformers 5: special_tokens_map.json names a token that nothing else has."""
+    change_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     change_json(folder / "special_tokens_map.json", bos_token=EOT, pad_token="[PAD]")
     return tokenizer_json_alone(folder) + 1
 
 
 PLAIN = {  # read here, without transformers
     "today": save_tokenizer, "on the Hub": on_the_hub, "alone": tokenizer_json_alone,
-    "own": own_special_tokens, "parts": other_parts, "metaspace": metaspace,
+    "own": own_special_tokens, "parts": other_parts,
 }
 TOKENIZERS = PLAIN | {  # the others are read by transformers
     "added": added_tokens, "vocab.json": save_vocab_json, "slow": saved_by_a_slow_tokenizer,
-    "Roberta": roberta,
     "vocab.txt": bert, "named": tokens_that_only_the_config_names,
     "mapped": tokens_that_only_the_map_names,
     # ByteLevelBPETokenizer(...).save() too: transformers makes <|endoftext|> special by itself.
     "unlisted": lambda folder: tokenizer_json_alone(folder, listed=()) + 1,
 }
-
-
-DECODED_TOGETHER = {"vocab.txt", "metaspace"} if TRANSFORMERS < (5, 0) else set()
-DECODED_TOGETHER_WHY = ("transformers 4 decodes the new tokens together with the prompt's, which "
-                        "these decoders treat differently from a text's first tokens")
 
 
 # Every kind of model
@@ -312,16 +275,14 @@ RELATIVES = {
     "relu": {"activation_function": "relu"},
     "silu": {"activation_function": "silu"},
     "tanh": {"activation_function": "tanh"},
-    "no scale": {"scale_attn_weights": False},
-    "scale by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
-    "both scales": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
     "untied": {"tie_word_embeddings": False},
 }
-
-
-def ignores_scale(config):
-    """Whether the installed transformers ignores this config's scale settings, as 4 does."""
-    return TRANSFORMERS < (5, 0) and any("scale_attn" in name for name in config)
+if TRANSFORMERS >= (5, 0):  # before, it ignored these settings under sdpa
+    RELATIVES |= {
+        "no scale": {"scale_attn_weights": False},
+        "scale by layer": {"scale_attn_by_inverse_layer_idx": True},
+        "both scales": {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+    }
 
 
 def write_checkpoint(folder, tokenizer="today", layout="saved", dtype=None, **config):
@@ -338,7 +299,7 @@ def write_checkpoint(folder, tokenizer="today", layout="saved", dtype=None, **co
 def peer(folder):
     """transformers' pipeline, with the dtype and the tokenizer that it finds by itself."""
     return transformers.pipeline("text-generation", model=str(folder), device="cpu", dtype="auto",
-                    tokenizer=read_tokenizer(folder))
+                                 tokenizer=read_tokenizer(folder))
 
 
 def expected(theirs, prompt, seed=42, **how):

@@ -1,10 +1,8 @@
 """What all tests share. Each file says in its first line which promise it proves."""
 import importlib.metadata
 import io
-import os
 import platform
 import shutil
-import struct
 import sys
 from pathlib import Path
 
@@ -15,14 +13,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `pytest` does not, `python -m pytest` does
 
 try:
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
+    from transformers import GPT2LMHeadModel
     GPT2LMHeadModel.from_pretrained  # noqa: B018 - without a torch that it likes, this raises
 except ImportError:
     sys.exit(f"transformers {importlib.metadata.version('transformers')} does not run with torch "
              f"{torch.__version__}: pip install \"transformers<5\"")
 
-from checkpoints import LAYOUTS, REAL_TOKENIZER, random_gpt2, save, save_vocab_json
+from checkpoints import REAL_TOKENIZER, write_checkpoint
 
 
 def pytest_configure(config):
@@ -42,11 +39,6 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request):
-    return request.param
-
-
 @pytest.fixture
 def one_thread():
     """Models this tiny are slower with more threads, and far slower beside other work."""
@@ -59,23 +51,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a tiny checkpoint with the files and the layout of gpt2 on the Hub."""
-    folder = tmp_path_factory.mktemp("tiny")
-    size = save_vocab_json(folder)
-    model = random_gpt2(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=size,
-                        bos_token_id=size - 1, eos_token_id=size - 1)
-    save(model, folder, "hub")
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # tokenizer.json
-    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
-    (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4 wrote these two
-    (folder / "added_tokens.json").unlink(missing_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def full(tmp_path_factory):
-    """The folder of a model of gpt2's size, 124M parameters, in the Hub's layout, no tokenizer."""
-    model = random_gpt2(bos_token_id=50256, eos_token_id=50256)
-    return save(model, tmp_path_factory.mktemp("full"), "hub")
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), "on the Hub", "hub", n_positions=64)
 
 
 @pytest.fixture
@@ -100,24 +76,9 @@ def offline(tmp_path, monkeypatch):
 
 @pytest.fixture
 def terminal():
-    """A function: an encoding → a stream to a terminal, and what returns the bytes that it got."""
-    fcntl, pty, termios = (pytest.importorskip(name, reason="Windows has no such terminals")
-                           for name in ("fcntl", "pty", "termios"))
-
+    """A function: an encoding → a stream that says it is a terminal, and what returns its bytes."""
     def opened(encoding="utf-8"):
-        reader, writer = pty.openpty()
-        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        stream = io.TextIOWrapper(io.FileIO(writer, "w"), encoding=encoding)
-
-        def shown():
-            stream.close()
-            got = b""
-            try:
-                while chunk := os.read(reader, 4096):
-                    got += chunk
-            except OSError:
-                pass  # so Linux says that the other side has closed
-            os.close(reader)
-            return got
-        return stream, shown
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+        stream.isatty = lambda: True
+        return stream, stream.buffer.getvalue
     return opened

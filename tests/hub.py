@@ -67,12 +67,11 @@ class Visitor:
 class StandInHub:
     """Serves the files in each folder of {name: folder} as the model of that name, and answers any
     other name as the Hub answers unknown ones. `requests` lists what it was asked: (method, path).
-    Of the files in `cut`, half arrives, and then the connection breaks. If it is `down`, every
-    connection does."""
+    If it is `down`, every connection breaks."""
 
-    def __init__(self, models, cut=()):
+    def __init__(self, models):
         self.models = {name: Path(folder) for name, folder in models.items()}
-        self.cut, self.down, self.requests = cut, False, []
+        self.down, self.requests = False, []
 
         class Handler(BaseHTTPRequestHandler):
             hub = self
@@ -126,23 +125,15 @@ def answer(request):
         return send(request, 200, {"Content-Type": "application/json"}, json.dumps(reply).encode())
     if not (hub.models[name] / file[2]).exists():
         return send(request, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
-    if file[2] in hub.cut and hub.requests.count(("GET", path)) > 1:  # the rest is asked for
-        return send(request, 500, {})
     content = (hub.models[name] / file[2]).read_bytes()
-    headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}
-    status, wanted = 200, re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
-    if wanted:  # the rest of a download that broke off
-        start, size = int(wanted[1]), len(content)
-        status, content = 206, content[start:]
-        headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-    send(request, status, headers, content, len(content) // 2 if file[2] in hub.cut else None)
+    etag = f'"{hashlib.sha1(content).hexdigest()}"'
+    send(request, 200, {"ETag": etag, "X-Repo-Commit": sha}, content)
 
 
-def send(request, status, headers, content=b"", stop=None):
-    """Answer, but send only content[:stop] after the headers before the connection closes."""
+def send(request, status, headers, content=b""):
     request.send_response(status)
     for name, value in {**headers, "Content-Length": len(content)}.items():
         request.send_header(name, str(value))
     request.end_headers()
     if request.command == "GET":
-        request.wfile.write(content[:stop])
+        request.wfile.write(content)

@@ -1,12 +1,8 @@
-"""How tests look at a mistake: from the command line, from Python, and as a process of its own."""
-import os
+"""How tests look at a mistake, from the command line and from Python."""
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from checkpoints import ROOT
 from safetensors.torch import load_file, save_file
 
 import train_gpt2
@@ -42,26 +38,6 @@ def refused_everywhere(capsys, folder, *words, read=GPT.from_pretrained):
         read(folder)
     assert line == " ".join(str(caught.value).split())
     return line
-
-
-def start(*args, stdout=subprocess.PIPE, **env):
-    """The script as a process of its own. It writes bytes, so that tests see encodings too."""
-    return subprocess.Popen([sys.executable, ROOT / "train_gpt2.py", *map(str, args)],
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-                            stdout=stdout, stderr=subprocess.PIPE)
-
-
-def finish(process):
-    """Its exit code, stdout and stderr."""
-    try:
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()  # one that hangs must not outlive the tests
-    return process.returncode, (out or b"").decode(errors="replace"), err.decode(errors="replace")
-
-
-def run(*args, **how):
-    return finish(start(*args, **how))
 
 
 def change_weights(folder, change):

@@ -1,26 +1,14 @@
 """Promise: a model starts and trains as transformers' does: the loss, every gradient and every
 weight after each step are the same to the last bit. And it works with what people train with:
-torch.compile, torch.export, autocast, hooks, copies."""
+torch.compile, autocast, hooks, copies."""
 import copy
-import hashlib
 import shutil
 import sys
-import warnings
 
+import checkpoints
 import pytest
 import torch
-from checkpoints import (
-    OTHER_SCALE,
-    TORCH,
-    assert_equal_gradients,
-    loss_of,
-    pair,
-    random_gpt2,
-    random_idx,
-    same_scale,
-    save,
-)
-from torch.nn import functional as F
+from checkpoints import TORCH, loss_of, pair, random_gpt2, random_idx, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from train_gpt2 import GPT, GPTConfig
@@ -35,77 +23,52 @@ def test_the_starting_weights(tied):
     size = {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 999}
     size["tie_word_embeddings"] = tied
     model, theirs = GPT(GPTConfig(**size)), GPT2LMHeadModel(GPT2Config(**size))
-    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
     expected = dict(theirs.named_parameters())
     assert dict(model.named_parameters()).keys() == expected.keys()
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert torch.equal(p, expected[name]), name
-            continue
-        std = 0.02 / 8**0.5 if "c_proj" in name else 0.02
-        for each in (p, expected[name]):  # within six standard errors of N(0, std)
-            assert abs(each.mean()) < 6 * std / p.numel()**0.5, name
-            assert abs(each.std() / std - 1) < 6 / (2 * p.numel())**0.5, name
-        assert not torch.equal(p[0], p[1]), name
-    if not tied:
-        assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
-    else:
-        full = GPT(GPTConfig(), init=False)
-        assert sum(p.numel() for p in full.parameters()) == 124_439_808
+        else:  # to within a few standard errors
+            std, n = expected[name].std(), p.numel()
+            assert abs(p.mean()) < 6 * std / n**0.5, name
+            assert abs(p.std() / std - 1) < 9 / (2 * n)**0.5, name
+            assert not torch.equal(p[0], p[1]), name
+    same = torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+    assert same == (model.lm_head.weight is model.transformer.wte.weight) == tied
 
 
 # The steps
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("hs", [16, 7])
+@pytest.mark.parametrize("hs", [16, 9])
 def test_loss_and_every_gradient(tmp_path, hs, dtype, device):
-    if not same_scale(hs, dtype):
-        pytest.skip(OTHER_SCALE)
     ours, theirs = pair(save(random_gpt2(**SIZES | {"n_embd": 4 * hs}), tmp_path), dtype, device)
     for B, T in [(1, 2), (4, 33), (3, 50)]:
-        assert_equal_gradients(ours, theirs, random_idx(ours, B, T))
-
-
-def test_gpt2s_size(full):
-    """On two threads."""
-    torch.set_num_threads(2)
-    ours, theirs = pair(full)
-    assert_equal_gradients(ours, theirs, random_idx(ours, 2, 12))
-
-
-def test_transformers_own_loss(tmp_path):
-    ours, theirs = pair(save(random_gpt2(**SIZES), tmp_path))
-    idx = random_idx(ours, 4, 50)
-    targets = F.pad(idx[:, 1:], (0, 1), value=-100)  # it keeps the last position, without a target
-    loss = F.cross_entropy(ours(idx).flatten(0, 1), targets.flatten())
-    assert torch.equal(loss, theirs(idx, labels=idx).loss)
+        checkpoints.assert_equal_gradients(ours, theirs, random_idx(ours, B, T))
 
 
 @pytest.mark.parametrize(("dtype", "how"), [
     (torch.float32, {}), (torch.float32, {"fused": True}), (torch.bfloat16, {"foreach": True})],
     ids=str)
 def test_every_weight_after_each_step(tmp_path, dtype, how, device):
-    """The loss falls, the weights stay tied, and the file that was mapped stays as it is."""
+    """The weights stay tied, and the file that was mapped stays as it is."""
     if "fused" in how and device == "cpu" and TORCH < (2, 4):
         pytest.skip("the fused AdamW came to the CPU with torch 2.4")
     file = save(random_gpt2(**SIZES).to(dtype), tmp_path) / "model.safetensors"
-    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    before = file.read_bytes()
     ours, theirs = pair(tmp_path, device=device)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, **how) for model in (ours, theirs)]
-    parameters, losses, idx = dict(ours.named_parameters()), [], random_idx(ours, 4, 33)
+    parameters, idx = dict(ours.named_parameters()), random_idx(ours, 4, 33)
     for step in range(5):
         for model, optimizer in zip((ours.train(), theirs), optimizers):
             optimizer.zero_grad()
-            loss = loss_of(model, idx)
-            loss.backward()
+            loss_of(model, idx).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        losses.append(loss.item())
         for name, p in theirs.named_parameters():
             assert torch.equal(parameters[name], p), f"{name}, step {step}"
-    assert losses[-1] < losses[0] - 0.3
     assert ours.lm_head.weight is ours.transformer.wte.weight
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == before
+    assert file.read_bytes() == before
 
 
 # What people train with
@@ -123,7 +86,7 @@ def assert_near(ours, expected):
 
 needs_dynamo = pytest.mark.skipif(
     TORCH < (2, 4) and sys.version_info >= (3, 12),
-    reason="this torch's compile and export run on Python 3.11 at most")
+    reason="this torch's compile runs on Python 3.11 at most")
 
 
 @needs_dynamo
@@ -143,63 +106,40 @@ def test_compile_for_training(model):
     torch._dynamo.reset()
     del model.transformer.h[1:]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    parameters = list(model.parameters())
     for T in [16, 16, 9, 50, 1, 2]:
         idx = random_idx(model, 2, T + 1)
-        gradients = []
-        for each in (model, compiled):
-            model.zero_grad()
-            loss_of(each, idx).backward()
-            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        for name, gradient in gradients[0].items():
-            assert_near(gradients[1][name], gradient)
-
-
-@needs_dynamo
-def test_export_for_any_length(model):
-    shapes = {"idx": {1: torch.export.Dim("T", min=2, max=50)}}
-    idx = random_idx(model, 2, 16)
-    exported = torch.export.export(model, (idx,), dynamic_shapes=shapes).module()
-    for T in (2, 16, 50):
-        idx = random_idx(model, 2, T)
-        assert torch.equal(exported(idx), model(idx))
+        gradients = [torch.autograd.grad(loss_of(each, idx), parameters)
+                     for each in (compiled, model)]
+        for ours, expected in zip(*gradients):
+            assert_near(ours, expected)
 
 
 def test_autocast(tmp_path, device):
     """As transformers under the same autocast, to the last bit; the weights stay float32."""
-    model, theirs = pair(save(random_gpt2(**SIZES), tmp_path), device=device)
-    idx = random_idx(model, 4, 33)
-    for each in (model, theirs):
-        with torch.autocast(idx.device.type, dtype=torch.bfloat16):
-            loss = loss_of(each, idx)
-        loss.backward()
-    assert model(idx).dtype == torch.float32
+    ours, theirs = pair(save(random_gpt2(**SIZES), tmp_path), device=device)
+    idx = random_idx(ours, 4, 33)
+    assert ours(idx).dtype == torch.float32
     with torch.autocast(idx.device.type, dtype=torch.bfloat16):
-        assert model(idx).dtype == torch.bfloat16
-        assert torch.equal(model(idx), theirs(idx).logits)
-        assert model.generate(idx, 40).shape == (4, 40)
-    parameters = dict(model.named_parameters())
-    for name, p in theirs.named_parameters():
-        assert torch.equal(parameters[name].grad, p.grad), name
+        checkpoints.assert_equal_gradients(ours, theirs, idx)
+        assert ours(idx).dtype == torch.bfloat16
+        assert torch.equal(ours(idx), theirs(idx).logits)
+        assert ours.generate(idx, 40).shape == (4, 40)
 
 
 def test_copies_and_hooks(model):
-    idx = random_idx(model, 2, 9)
-    logits = model(idx)
+    seen, idx = [], random_idx(model, 2, 9)
     twin = copy.deepcopy(model)
-    seen = []
-    for block in model.transformer.h:
+    for block in twin.transformer.h:
         block.attn.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    with torch.no_grad():
-        model.transformer.wte.weight.zero_()
-    assert model(idx).eq(0).any() and seen == [(2, 9, 64)] * 3
-    assert torch.equal(twin(idx), logits)
-    assert twin.lm_head.weight is twin.transformer.wte.weight
+    assert torch.equal(twin(idx), model(idx))
+    assert seen == [(2, 9, 64)] * 3
+    assert twin.lm_head.weight is twin.transformer.wte.weight is not model.transformer.wte.weight
 
 
+@pytest.mark.filterwarnings("error")
 def test_no_warnings(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = GPT.from_pretrained(save(random_gpt2(**SIZES), tmp_path)).train()
-        loss_of(model, random_idx(model, 2, 9)).backward()
-        model.generate(random_idx(model, 2, 9), 20)
-        model.save_pretrained(tmp_path / "mine")
+    model = GPT.from_pretrained(save(random_gpt2(**SIZES), tmp_path)).train()
+    loss_of(model, random_idx(model, 2, 9)).backward()
+    model.generate(random_idx(model, 2, 9), 20)
+    model.save_pretrained(tmp_path / "mine")
