@@ -14,7 +14,7 @@ from transformers import GPT2Config
 from train_gpt2 import GPT, GPTConfig
 
 SHAPES = [
-    {"n_layer": 2, "n_head": 3, "n_embd": 24, "n_positions": 40, "vocab_size": 100},
+    {"n_layer": 2, "n_head": 3, "n_embd": 48, "n_positions": 40, "vocab_size": 100},
     {"n_layer": 1, "n_head": 1, "n_embd": 9, "n_positions": 33, "vocab_size": 11},  # an odd head
     {"n_layer": 2, "n_head": 6, "n_embd": 6, "n_positions": 16, "vocab_size": 2, "n_inner": 9},
     {"n_layer": 3, "n_head": 5, "n_embd": 65, "n_positions": 17, "vocab_size": 257},

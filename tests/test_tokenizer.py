@@ -83,7 +83,7 @@ PARTS = [  # of tokenizer.json, that aren't gpt2's
     {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
     {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)},
     {"pre_tokenizer": pre_tokenizers.Metaspace(), "decoder": decoders.Metaspace()},
-    {"model": models.BPE(ignore_merges=True)},
+    {"model": models.BPE(dropout=1.0)},  # it never merges
     {"model": models.WordLevel(unk_token=EOT), "trainer": trainers.WordLevelTrainer},
 ]
 OPTIONS = {"content": EOT, "lstrip": True, "rstrip": True, "single_word": False,
