@@ -31,7 +31,7 @@ def damages(name, data, rng):
     """(what was done, the new contents of the file), the same ones every time."""
     yield from of_bytes(data, rng)
     if name.endswith(".json"):
-        yield from of_json(data, rng, len(VALUES) if "config" in name else 6)
+        yield from of_json(data, rng, 12 if "config" in name else 4)
     else:
         yield from of_safetensors(data, rng)
 
@@ -42,13 +42,13 @@ def of_bytes(data, rng):
     for length in range(1, 200, 40):
         yield f"{length} bytes of noise", rng.randbytes(length)
     yield "nested lists", b"[" * 10**5 + b"]" * 10**5
-    for _ in range(30):  # most files begin or end with what says where the rest is
+    for _ in range(20):  # most files begin or end with what says where the rest is
         at = rng.choice([rng.randrange(16), rng.randrange(2000), -rng.randrange(300)]) % len(data)
         width, byte = rng.choice([0, 1, 1, 5]), rng.choice([rng.randrange(256), *b'"{[,:-09e'])
         yield f"{width} bytes at {at} become {byte}", data[:at] + bytes([byte]) + data[at + width:]
 
 
-def of_json(data, rng, n=6):
+def of_json(data, rng, n=4):
     """Each value in turn is n other things, or is missing."""
     root = [json.loads(data)]
     for place, box, key in list(places(root, rng)):
@@ -128,7 +128,7 @@ def test_every_damage_is_refused_or_answers(tmp_path):
         errors="replace", env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.returncode == 0, process.stderr[-3000:]
     outcomes = json.loads(process.stdout.splitlines()[-1])
-    assert outcomes["refused"] > 800 and outcomes["answers"] > 500, outcomes
+    assert outcomes["refused"] > 500 and outcomes["answers"] > 300, outcomes
 
 
 if __name__ == "__main__":
