@@ -72,6 +72,13 @@ def test_relatives(tmp_path, name, device):
     checkpoints.assert_equal_gradients(ours, theirs, random_idx(ours, 4, 33))
 
 
+@pytest.mark.skipif(checkpoints.TRANSFORMERS < (5, 0), reason="before, it scaled by 1 / sqrt(hs)")
+def test_the_scale_is_not_1_by_the_root(tmp_path, device):
+    """For heads of 8 channels the two differ, in the last bit of a float64."""
+    folder = save(random_gpt2(**SIZES | {"n_head": 4, "vocab_size": 99}), tmp_path)
+    assert_equal_logits(*pair(folder, torch.float64, device), (1, 2), (2, 13))
+
+
 def test_gpt2s_size(tmp_path, device):
     """The gradients and the tokens too."""
     model = random_gpt2(bos_token_id=50256, eos_token_id=50256)
