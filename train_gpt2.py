@@ -1,8 +1,8 @@
 """GPT-2 in one file: the model, sampling, and Hugging Face checkpoints.
 
-The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The
-lecture that comments speak of is Karpathy's "Let's reproduce GPT-2 (124M)". The file doesn't train
-by itself; the README has a program that does. Shapes in comments:
+The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". In
+comments, "the lecture" is Karpathy's "Let's reproduce GPT-2 (124M)". The file doesn't train by
+itself; the README has a program that does. Shapes in comments:
     B   batch: the number of rows
     T   time: the number of tokens in each row of this call
     S   the number of tokens that can be attended to: these T and the cached ones before them
@@ -473,9 +473,9 @@ def read_checkpoint(name):
         require(raw.get(key, value) == value, f"config.json in {folder}: {key} must be {value!r}, "
                                               f"not {raw.get(key)!r}")
     path = folder / "model.safetensors"
-    # Other names of the sizes. transformers prefers them to n_embd and so on, so it must read them.
+    # transformers prefers these names to n_positions and so on, or model.safetensors.
     other_names = {"max_position_embeddings", "hidden_size", "num_hidden_layers",
-                   "num_attention_heads"}
+                   "num_attention_heads", "transformers_weights"}
     if path.exists() and not other_names & raw.keys():
         with reading(path):
             tensors = safetensors.torch.load_file(path)
@@ -485,10 +485,10 @@ def read_checkpoint(name):
                                        output_loading_info=True, ignore_mismatched_sizes=True)
         raw, tensors = model.config.to_dict(), model.state_dict()
         # transformers fills what is missing or doesn't fit with random numbers.
-        extra = sorted(info["unexpected_keys"])[:5]
-        for kind in ("mismatched_keys", "missing_keys"):
-            require(not info[kind], f"the weights in {name} don't fit config.json: they lack "
-                                    f"{sorted(info[kind])[:5]} and have {extra} instead")
+        unfit, missing, extra = (sorted(info[f"{kind}_keys"])[:5]
+                                 for kind in ("mismatched", "missing", "unexpected"))
+        require(not unfit, f"the weights in {name} don't fit config.json: {unfit}")
+        require(not missing, f"the weights in {name} lack {missing}, and have {extra} instead")
     # As in transformers, the dtype is config.json's, or else that of the first float tensor.
     first = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or first).removeprefix("torch.")
@@ -564,7 +564,7 @@ def is_plain(tokenizer, folder):
     # These settings change a tokenizer, unless they name a token that is special in it already.
     added = tokenizer.get_added_tokens_decoder().values()
     special = [token.content for token in added if token.special]
-    endings = ("_token", "_special_tokens", "added_tokens_decoder", "add_prefix_space")
+    endings = ("_token", "_special_tokens", "added_tokens_decoder", "_files", "add_prefix_space")
     return all(not value or value in special
                for key, value in settings.items() if key.endswith(endings))
 

@@ -145,6 +145,15 @@ def test_other_names_of_the_sizes(tmp_path, name, one_thread):
     assert_equal_logits(*pair(tmp_path), (2, 13))
 
 
+def test_another_file_that_config_json_names(tmp_path):
+    """model.safetensors beside it is of another model."""
+    model = save(random_gpt2(**SIZES, vocab_size=99), tmp_path) / "model.safetensors"
+    model.rename(tmp_path / "other.safetensors")
+    save(random_gpt2(seed=1, **SIZES, vocab_size=99), tmp_path)
+    change_json(tmp_path / "config.json", transformers_weights="other.safetensors")
+    assert_equal_logits(*pair(tmp_path), (2, 13))
+
+
 @pytest.mark.parametrize("change", [
     lambda tensors: tensors.update({"lm_head.weight": tensors.pop("transformer.wte.weight")}),
     lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}),

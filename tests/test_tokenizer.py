@@ -78,6 +78,15 @@ def test_a_class_that_only_config_json_names(tmp_path):
     assert_same_tokens(tmp_path, tokenizer_class="RobertaTokenizer")
 
 
+def test_a_tokenizer_json_for_newer_versions(tmp_path):
+    files = ["tokenizer.json", "tokenizer.4.0.0.json"]
+    for name, size in zip(files, (300, 350)):
+        train_bpe(vocab_size=size).save(str(tmp_path / name))
+    change_json(tmp_path / "tokenizer_config.json", fast_tokenizer_files=files,
+                tokenizer_class="PreTrainedTokenizerFast")
+    assert assert_same_tokens(tmp_path).get_vocab_size() == 350
+
+
 PARTS = [  # of tokenizer.json, that aren't gpt2's
     {"normalizer": normalizers.Lowercase()},
     {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)},
