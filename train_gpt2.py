@@ -1,31 +1,29 @@
 """GPT-2 in one file: the model, sampling, and Hugging Face checkpoints.
 
 The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". In
-comments, "the lecture" is Karpathy's "Let's reproduce GPT-2 (124M)". The file doesn't train by
-itself; the README has a program that does. Shapes in comments:
-    B   batch: the number of rows
-    T   time: the number of tokens in each row of this call
-    S   the number of tokens that can be attended to: these T and the cached ones before them
-    C   channels: the width of the model (n_embd)
-    nh  the number of attention heads (n_head)
-    hs  head size: the width of one head, C / nh
-    V   the number of tokens in the vocabulary (vocab_size)
+comments, "the lecture" is Karpathy's "Let's reproduce GPT-2 (124M)". The README has a program that
+trains the model. Shapes in comments:
+    B, T    batch and time: B rows of T tokens each
+    S       the number of tokens that can be attended to: these T and the cached ones before them
+    C       channels: the width of the model (n_embd)
+    nh, hs  the number of attention heads (n_head), and the width of one head, C / nh
+    V       the number of tokens in the vocabulary (vocab_size)
 
 Logits, gradients and sampled tokens are bit-identical to those of transformers' GPT2LMHeadModel in
-eval mode. Two tags mark odd-looking code that you can skip on a first reading:
+eval mode. Two tags mark code that you can skip on a first reading:
     BITS  is there to round exactly as transformers does. A sum of floats rounds differently if the
           order of its terms changes, or even if its tensors are laid out differently in memory.
-    FAST  only saves time when the program starts or ends.
+    FAST  only saves time or memory.
 """
 import argparse
 import gc
 import json
 import math
-import os
+import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -33,7 +31,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
-from tqdm import trange
 
 
 class InputError(ValueError):
@@ -50,7 +47,7 @@ def require(condition, message):
 @dataclass
 class GPTConfig:
     """The sizes and settings of a GPT-2; the defaults are those of `gpt2` (124M parameters). Fields
-    that you add are saved and loaded too. Impossible values raise InputError: see check_config."""
+    that you add are saved and loaded too."""
     block_size: int = 1024  # maximum context length
     vocab_size: int = 50257  # 256 bytes, 50,000 merges, <|endoftext|>
     n_layer: int = 12
@@ -61,14 +58,11 @@ class GPTConfig:
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True  # divide attention scores by sqrt(hs)
-    scale_attn_by_inverse_layer_idx: bool = False  # and by the layer's number, from 1
+    scale_attn_by_inverse_layer_idx: bool = False  # and by its layer's number, from 1
     tie_word_embeddings: bool = True  # lm_head and the token embedding share a weight
     bos_token_id: int | None = 50256  # what the command starts from if the prompt is empty
     eos_token_id: int | list | None = 50256  # ends a text: an id, a list of ids, or None
-    pad_token_id: int | None = None  # fills up rows that have ended; None: the first eos id
-
-    def __post_init__(self):
-        check_config(self)
+    pad_token_id: int | None = None  # pads rows that have ended; None: the first eos id
 
     @property
     def eos_token_ids(self):
@@ -81,51 +75,46 @@ class Conv1D(nn.Module):
     """A linear layer, x @ weight + bias: (..., n_in) → (..., n_out). GPT-2 checkpoints store the
     weight as (n_in, n_out). nn.Linear's is (n_out, n_in), so the lecture transposes on loading."""
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in, n_out, std=0.02):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out))  # GPT or a checkpoint fills it
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out))
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, x):
-        # x @ weight + bias. BITS: as one addmm, with all dimensions but the last flattened
-        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
-        return y.view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight.T, self.bias)
 
 
 class KVCache:
-    """The keys and values that one attention layer has computed so far during a call to generate().
+    """The keys and values that an attention layer has computed so far in a call to generate(). They
+    don't change, since a token attends only to itself and to those before it. With them cached, the
+    model runs on each new token alone, and not on the whole text again."""
 
-    A token attends only to itself and to those before it, so its key and value never change. With
-    these cached, the model runs on each new token alone, and not on the whole text again.
-    """
-
-    def __init__(self, max_length):
-        self.max_length = max_length  # how many tokens fit
-        self.length = 0  # how many are in it
+    def __init__(self):
+        self.length, self.k, self.v = 0, None, None  # length: the number of tokens
 
     def append(self, k, v):
         """Add the keys and values of T tokens, (B, nh, T, hs); return those of all S tokens."""
-        B, nh, T, hs = k.shape
-        assert self.length == 0 or T == 1, "after the prompt, the cache takes one token at a time"
-        if self.length == 0:
-            self.k = k.new_empty(B, nh, self.max_length, hs)
-            self.v = v.new_empty(B, nh, self.max_length, hs)
-        self.k.narrow(2, self.length, T).copy_(k)  # unlike a slice, it raises if there is no room
-        self.v.narrow(2, self.length, T).copy_(v)
+        T = k.shape[2]
+        if self.length > 0 and T > 1:
+            raise ValueError("after the prompt, the cache takes one token at a time")
+        self.k = torch.cat((self.k, k) if self.length > 0 else (k,), dim=2)
+        self.v = torch.cat((self.v, v) if self.length > 0 else (v,), dim=2)
         self.length += T
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]  # (B, nh, S, hs)
+        return self.k, self.v  # (B, nh, S, hs)
 
 
 class CausalSelfAttention(nn.Module):
     """Each token attends to itself and to the tokens before it: (B, T, C) → (B, T, C)."""
 
-    def __init__(self, config, layer=1):  # layers count from 1
+    def __init__(self, config: GPTConfig, layer=1):  # layers count from 1
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)  # q, k and v of all heads
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        # BITS: not 1 / sqrt(hs), which can differ in the last bit
-        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        C, self.n_head = config.n_embd, config.n_head
+        assert C % self.n_head == 0, f"n_embd {C} must be a multiple of n_head {self.n_head}"
+        self.c_attn = Conv1D(C, 3 * C)  # q, k and v of all heads
+        self.c_proj = Conv1D(C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+        # BITS: 1 / sqrt(hs) can differ from this in the last bit
+        self.scale = (C // self.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer
 
@@ -136,46 +125,65 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, nh, hs).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, nh, S, hs)
-        if cache is None or hs * k.element_size() % 32 != 0:
-            # BITS: transformers' k and v are contiguous, and another layout can change the
-            # rounding. The cache's doesn't if a head fills whole blocks of 32 bytes. contiguous()
-            # isn't enough: it keeps unusual strides where a dimension is 1.
-            k = k.clone(memory_format=torch.contiguous_format)
-            v = v.clone(memory_format=torch.contiguous_format)
+        # BITS: without a cache too, append() copies k and v, as transformers does
+        k, v = (cache or KVCache()).append(k, v)  # (B, nh, S, hs)
         # softmax(q @ k.transpose(2, 3) * scale + mask) @ v, where the mask is 0 for tokens that may
-        # be attended to, and -inf for later ones. One token after cached ones needs no mask.
-        is_causal = cache is None or cache.length == T  # these T are all that is in the cache
+        # be attended to, and -inf for later ones. A single new token attends to all S: no mask.
+        is_causal = cache is None or T > 1
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=self.scale)
-        y = y.transpose(1, 2).reshape(B, T, C)  # from (B, nh, T, hs): the heads side by side again
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # the heads side by side again
         return self.c_proj(y)
+
+
+SQRT_2_PI = math.sqrt(2.0 / math.pi)
 
 
 def gelu_new(x):
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), from Hendrycks & Gimpel 2016, for any shape.
+    BITS: nn.GELU(approximate="tanh") is the same formula but rounds differently."""
+    return 0.5 * x * (1.0 + torch.tanh(SQRT_2_PI * (x + 0.044715 * torch.pow(x, 3.0))))
 
-    BITS: nn.GELU(approximate="tanh") is the same formula but rounds differently. x is used three
-    times, and autograd adds their gradients in reverse order, so `half` comes first.
-    """
-    half = 0.5 * x
-    inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
-    return half * (1.0 + torch.tanh(inner))
+
+class LeanGELU(torch.autograd.Function):
+    """FAST: gelu_new, keeping only x for the backward pass. Autograd would keep three more tensors
+    of that size, and training would take 50% more memory."""
+    forward = staticmethod(gelu_new)
+    generate_vmap_rule = True  # for torch.func.vmap
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):  # BITS: what autograd would compute, in its order
+        x, = ctx.saved_tensors
+        x32 = x.to(grad.dtype)  # float32 if CUDA's autocast was on, as in torch.pow
+        tanh = torch.tanh(SQRT_2_PI * (x + 0.044715 * torch.pow(x32, 3.0)))
+        inner = SQRT_2_PI * torch.ops.aten.tanh_backward(grad * (0.5 * x), tanh)
+        cubic = 0.044715 * inner * (3.0 * torch.pow(x32, 2.0))
+        outer = grad * (1.0 + tanh)
+        return inner.to(x.dtype) + cubic.to(x.dtype) + 0.5 * outer.to(x.dtype)
+
+
+def lean_gelu(x):  # jit can't export a LeanGELU; torch.compile saves the memory by itself
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return gelu_new(x) if traced else LeanGELU.apply(x)
 
 
 ACTIVATIONS = {
-    "gelu_new": gelu_new, "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+    "gelu_new": lean_gelu, "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 
 
 class MLP(nn.Module):
-    """Each token passes, on its own, through a wider layer: (B, T, C) → (B, T, C)."""
+    """A wider layer, applied to each token on its own: (B, T, C) → (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        n_inner = config.n_inner or 4 * config.n_embd
+        n_inner, act = config.n_inner or 4 * config.n_embd, config.activation_function
+        require(act in ACTIVATIONS, f"activation_function {act!r} isn't one of {[*ACTIVATIONS]}")
         self.c_fc = Conv1D(config.n_embd, n_inner)
-        self.act = ACTIVATIONS[config.activation_function]
-        self.c_proj = Conv1D(n_inner, config.n_embd)
+        self.act = ACTIVATIONS[act]
+        self.c_proj = Conv1D(n_inner, config.n_embd, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, x):
         x = self.act(self.c_fc(x))  # (B, T, n_inner)
@@ -185,7 +193,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the MLP. Each reads a normalized x and adds to x: (B, T, C) → (B, T, C)."""
 
-    def __init__(self, config, layer=1):
+    def __init__(self, config: GPTConfig, layer=1):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config, layer)
@@ -202,173 +210,162 @@ class GPT(nn.Module):
     """GPT-2 with its language modeling head. GPT(config) has random initial weights. Parameters are
     named as in transformers' GPT2LMHeadModel. For dropout and the loss, see the README."""
 
-    def __init__(self, config, init=True):  # False: from_pretrained() will fill the weights
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         V, C = config.vocab_size, config.n_embd
-        # The embeddings of tokens and positions. FAST: nn.Embedding(V, C) would draw random weights
-        # that are then overwritten; torch.empty doesn't.
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False),
-            "wpe": nn.Embedding.from_pretrained(torch.empty(config.block_size, C), freeze=False),
+            "wte": nn.Embedding(V, C),  # token embeddings
+            "wpe": nn.Embedding(config.block_size, C),  # position embeddings
             "h": nn.ModuleList(Block(config, layer) for layer in range(1, config.n_layer + 1)),
             "ln_f": nn.LayerNorm(C, eps=config.layer_norm_epsilon),
         })
-        self.lm_head = nn.Linear(C, V, bias=False, device="meta")  # FAST: not allocated yet
-        self.lm_head.weight = (self.transformer.wte.weight if config.tie_word_embeddings
-                               else nn.Parameter(torch.empty(V, C)))
-        for name, p in self.named_parameters():
-            if init and p.ndim == 2:  # Conv1D's biases are already 0, and LayerNorm weights 1
-                # The 2 * n_layer layers named c_proj add to x. They start smaller, so that x
-                # doesn't grow with the depth (section 2.3 of the paper).
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / shrink)
+        self.lm_head = nn.Linear(C, V, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        for module in (self.transformer.wte, self.transformer.wpe, self.lm_head):
+            nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, idx, *, caches=None):
-        """Token ids, idx (B, T) int64 → logits (B, T, V). Raises InputError if T is more than
-        block_size. generate() passes `caches`, one KVCache per block: first with the prompt, then
-        with each new token. It gets only the last token's logits, (B, 1, V)."""
-        if idx.ndim != 2 or idx.numel() == 0 or idx.shape[1] > self.config.block_size:
-            raise InputError("idx must be (B, T), not empty, with T at most the model's block_size "
-                             f"{self.config.block_size}, but it is {tuple(idx.shape)}")
+        """Token ids, idx (B, T) int64 → logits (B, T, V). Raises InputError if T > block_size.
+        generate() passes one KVCache per block, first with the prompt, then with each new token,
+        and gets the logits of the last token alone, (B, 1, V)."""
+        T = idx.shape[-1]
+        if idx.ndim != 2 or not 0 < T <= self.config.block_size:
+            raise InputError(f"idx is {tuple(idx.shape)}, but must be (B, T) with T from 1 to the "
+                             f"block_size, {self.config.block_size}")
         start = caches[0].length if caches else 0  # the position of the first token of idx
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)  # (T,)
+        positions = torch.arange(start, start + T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         for block, cache in zip(self.transformer.h, caches or [None] * len(self.transformer.h)):
             x = block(x, cache)  # (B, T, C)
         x = self.transformer.ln_f(x)
         if caches:
-            x = x[:, -1:]  # generate() needs only these logits, and lm_head is the widest layer
+            x = x[:, -1:]  # generate() needs only these logits, and lm_head is the largest layer
         return self.lm_head(x)
 
     @torch.no_grad()
     def generate(self, idx, max_length, temperature=1.0, top_k=50):
         """Continue each row of idx (B, T) int64. Returns (B, at most max_length) int64, the prompt
-        included. Raises InputError if an argument is bad, or the logits aren't finite.
-
-        Samples from the top_k most likely tokens with torch's global generator; top_k=0 samples
-        from all, temperature=0 takes the most likely one. After its eos token, a row is filled up
+        included. Samples from the top_k most likely tokens (0: from all) with torch's global
+        generator; temperature=0 takes the most likely one. After its eos token, a row is padded
         with pad_token_id; generation stops once every row has ended. Prompts can't be padded: the
-        model would read the padding as text.
-        """
-        T, V = idx.shape[-1], len(self.transformer.wte.weight)
-        require(T < max_length <= self.config.block_size, f"max_length, {max_length}, must be more "
-                f"than the prompt's {T} tokens, and at most {self.config.block_size} (block_size)")
-        require(temperature == 0 or 1e-30 < temperature < math.inf,  # below, the logits overflow
-                f"temperature must be 0, or positive and finite, not {temperature}")
-        require(top_k >= 0, f"top_k must be at least 0, not {top_k}")
+        model would read the padding as text. Raises InputError if an argument is bad, or the logits
+        aren't finite."""
+        B, T, V = len(idx), idx.shape[-1], len(self.transformer.wte.weight)
+        require(T < max_length <= self.config.block_size,
+                f"max_length, {max_length}, must be more than the prompt's {T} tokens, and neither "
+                f"can be more than the model's context, {self.config.block_size}")
+        require((temperature == 0 or 1e-30 < temperature < math.inf) and top_k >= 0,
+                f"temperature {temperature} or top_k {top_k} is negative, too small or not finite")
         # On a GPU, an out-of-range id trips a CUDA assert, which can't be recovered from.
         bad = idx[(idx < 0) | (idx >= V)].tolist()
         require(not bad, f"the prompt (idx) has the ids {bad[:5]}; the model's are 0 to {V - 1}")
         eos_ids, pad = self.config.eos_token_ids, self.config.pad_token_id
-        fill = pad if pad is not None else (eos_ids or [0])[0]  # without eos_ids, no row ever ends
-        eos = torch.tensor(eos_ids, dtype=idx.dtype, device=idx.device)
-        ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
-        finite = True
-        caches = [KVCache(max_length) for _ in self.transformer.h]
-        new = idx  # the tokens that aren't in the caches yet
-        for _ in trange(T, max_length, unit="token", delay=1, disable=None, leave=False):
-            logits = self(new, caches=caches)[:, -1].float()  # (B, 1, V) → (B, V)
-            finite = finite & logits.amax(dim=-1).isfinite().all()  # amax of NaN is NaN
+        if pad is None:
+            pad = eos_ids[0] if eos_ids else 0  # without eos_ids, no row ever ends
+        eos, ended = idx.new_tensor(eos_ids), idx.new_zeros(B, 1, dtype=torch.bool)
+        caches = [KVCache() for _ in self.transformer.h]
+        finite, new = True, idx  # new: the tokens that aren't in the caches yet
+        for _ in range(T, max_length):
+            # A model without blocks has no caches, and reads the whole text.
+            logits = self(new if caches else idx, caches=caches)[:, -1].float()  # (B, V)
+            finite &= logits.amax(dim=-1).isfinite().all()  # amax of NaN is NaN
             new = sample(logits, temperature, top_k)  # (B, 1)
-            # An ended row still feeds the model what it samples, since the model may lack `fill`.
-            idx = torch.cat((idx, new.masked_fill(ended, fill)), dim=1)
-            ended = ended | (new == eos).any(dim=1, keepdim=True)  # (B, 1)
+            # An ended row still feeds the model what it samples, since the model may lack pad.
+            idx = torch.cat((idx, new.masked_fill(ended, pad)), dim=1)
+            ended = ended | torch.isin(new, eos)  # (B, 1)
             if ended.all():
                 break
-        require(finite, "the logits are NaN or infinite: the weights are bad, or float16 "
-                        "overflowed (use float32 or bfloat16)")
+        require(finite, "the logits are NaN or infinite: bad weights, an edit of the model, or a "
+                        "float16 overflow (use float32 or bfloat16)")
         return idx
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """The model in the folder `name`, or of that name on the Hugging Face Hub (`gpt2`), in eval
         mode and in the dtype that transformers would pick. Its file is memory-mapped if possible;
-        training doesn't change it. `overrides` replace fields of the config, such as dropout=0.1
-        once you have added that field. Raises InputError if the checkpoint is damaged or isn't a
-        GPT-2, OSError if it can't be downloaded or opened."""
-        config, weights = read_checkpoint(name)
+        training doesn't change the file. `overrides` replace fields of the config. Raises
+        InputError if the checkpoint is damaged or isn't a GPT-2, OSError if it can't be downloaded,
+        RuntimeError if the shapes of the weights don't fit."""
+        config, weights, dtype = read_checkpoint(name)
         config = replace(config, **overrides)
-        # A file may hold either of a tied pair, or both. If both are there and differ, untie them.
-        wte, head = "transformer.wte.weight", "lm_head.weight"
-        if config.tie_word_embeddings and (wte in weights or head in weights):
-            embedding = weights.setdefault(wte, weights.get(head))
-            output = weights.setdefault(head, embedding)
-            config.tie_word_embeddings = output is embedding or torch.equal(output, embedding)
-        # A damaged config.json could ask for more memory than any machine has. 10 is a loose bound.
-        size = config.n_embd * max(config.vocab_size, config.block_size,
-                                   config.n_layer * max(config.n_embd, config.n_inner or 0))
-        require(size <= 10 * sum(tensor.numel() for tensor in weights.values()),
-                f"config.json in {name} asks for a far larger model than the weights there")
-        model = cls(config, init=False)
-        try:
-            missing, unused = model.load_state_dict(weights, strict=False, assign=True)
-        except RuntimeError as error:
-            raise InputError(f"{name}: weights don't fit config.json: {error!s:.400}") from None
-        # Buffers that you added may be missing.
-        missing = [key for key, _ in model.named_parameters() if key in missing]
-        require(not missing, f"the weights in {name} lack parameters of the model, {missing[:5]}, "
-                             f"and have {unused[:5]} instead")
+        require(config.n_layer <= len(weights), f"{name} has fewer than {config.n_layer} layers")
+        with NoInit():
+            model = cls(config)
+        parameters = dict(model.named_parameters()).keys()
+        missing = sorted(parameters - weights.keys())[:5]
+        unused = sorted(weights.keys() - model.state_dict().keys())[:5]
+        require(not missing, f"the weights in {name} lack {missing}, and have {unused} instead")
         if unused:
-            print(f"{name}: ignoring {unused[:5]}", file=sys.stderr)
+            print(f"{name}: ignoring {unused}", file=sys.stderr)
+        weights |= {key: weights[key].to(dtype) for key in parameters}
+        model.load_state_dict(weights, strict=False, assign=True)
         if config.tie_word_embeddings:  # again: assign=True gave each name its own parameter
             model.lm_head.weight = model.transformer.wte.weight
         return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None):
-        """Write a folder for from_pretrained, --model, transformers and the Hub: the model as it is
-        now and, if given, a tokenizers.Tokenizer or a fast tokenizer of transformers. A crash
-        leaves no file half-written. Raises OSError or SafetensorError; and InputError for another
-        kind of tokenizer, after the model is saved."""
+        """Write a folder that --model, transformers and the Hub can read: the model as it is now
+        and, if given, a tokenizers.Tokenizer or a tokenizer of transformers. A crash leaves no file
+        half-written. Raises OSError or SafetensorError."""
+        from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
         wte = self.transformer.wte.weight
-        tied = self.lm_head.weight is wte
-        weights = {}
-        for name, tensor in self.state_dict().items():
-            name = name.replace("_orig_mod.", "")  # torch.compile(block) adds this
-            if not (tied and name == "lm_head.weight"):
-                # A copy, because safetensors takes no tensors that share memory.
-                weights[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        # The sizes are those of the modules, since you may have changed or removed some.
-        positions = weights.get("transformer.wpe.weight", range(self.config.block_size))
-        config = asdict(self.config) | {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+        # Copies, because safetensors refuses tensors that share memory. torch.compile(block) adds
+        # _orig_mod to the names.
+        weights = {name.replace("_orig_mod.", ""): tensor.to("cpu", copy=True).contiguous()
+                   for name, tensor in self.state_dict().items()}
+        if tied := self.lm_head.weight is wte:
+            del weights[HEAD]
+        # The sizes are those of the modules, since you may have changed some, or removed wpe.
+        positions = len(weights.get("transformer.wpe.weight", range(self.config.block_size)))
+        config = vars(self.config) | {
             "n_layer": len(self.transformer.h), "vocab_size": len(wte), "tie_word_embeddings": tied,
-            "n_positions": len(positions), "dtype": str(wte.dtype).removeprefix("torch.")}
+            "n_positions": positions, "n_ctx": positions,  # n_ctx is for llama.cpp
+            "architectures": ["GPT2LMHeadModel"], "dtype": str(wte.dtype).removeprefix("torch.")}
         del config["block_size"]  # transformers' name for it is n_positions
-        files = {"config.json": config,
-                 "generation_config.json": {key: config[key] for key in SPECIAL_IDS}}
-        tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        # Numbers of NumPy and torch become Python's; what JSON can't hold becomes text.
+        config = json.loads(json.dumps(
+            config, default=lambda value: value.item() if hasattr(value, "item") else str(value)))
+        ids = {key: config[key] for key in SPECIAL_IDS}
+        fast = tokenizer
         if isinstance(tokenizer, Tokenizer):
-            ids = config | {"eos_token_id": (self.config.eos_token_ids or [None])[0]}
             tokens = tokenizer.get_added_tokens_decoder()
-            names = {key.removesuffix("_id"): tokens[ids[key]].content  # "bos_token": "<s>"
-                     for key in SPECIAL_IDS if ids[key] in tokens and tokens[ids[key]].special}
-            files["tokenizer.json"] = json.loads(tokenizer.to_str())
-            files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+            first = {key: i[0] if isinstance(i, list) and i else i for key, i in ids.items()}
+            names = {key.removesuffix("_id"): tokens[i].content for key, i in first.items()
+                     if isinstance(i, int) and i in tokens and tokens[i].special}
+            # transformers 5 would save a new name for it, which transformers 4 doesn't know.
+            kind = type("PreTrainedTokenizerFast", (PreTrainedTokenizerFast,), {})
+            fast = kind(tokenizer_object=tokenizer, model_max_length=positions,
+                        unk_token=names.get("eos_token"), **names)  # unk_token: for CTranslate2
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Write everything beside its place, then move it: a move within a disk is a single step.
+        # Write to a temporary folder, then move: on one disk, a move is a single step.
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-            for name, content in files.items():
-                text = json.dumps(content, indent=2, default=str)  # str: of a field that you added
-                Path(temporary, name).write_text(text, encoding="utf-8")
-            path = Path(temporary, "model.safetensors")
-            safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-            for path in Path(temporary).iterdir():
-                path.replace(folder / path.name)
-        if "tokenizer.json" in files:
-            for name in OLDER_FILES:  # they would change the new tokenizer
-                (folder / name).unlink(missing_ok=True)
-        require(tokenizer is None or "tokenizer.json" in files, f"{folder} is saved, but without a "
-                f"tokenizer: a {type(tokenizer).__name__} isn't of the tokenizers library")
+            GenerationConfig(**ids).save_pretrained(temporary)
+            GPT2Config().save_pretrained(temporary)
+            path = Path(temporary, "config.json")
+            path.write_text(json.dumps(json.loads(path.read_text()) | config, indent=2))
+            file = Path(temporary, "model.safetensors")
+            safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+            shutil.copymode(path, file)  # else only you could read it
+            if fast is not None:
+                fast.save_pretrained(temporary)
+            if isinstance(tokenizer, Tokenizer):  # transformers 4 may have changed it
+                tokenizer.save(str(path.with_name("tokenizer.json")))
+            new = {path.name for path in Path(temporary).iterdir()}
+            for name in sorted(new, key="model.safetensors".__ne__):  # first, as Windows may refuse
+                path.with_name(name).replace(folder / name)
+            if fast is not None:  # what is left of an old tokenizer could change the new one
+                for name in set(TOKENIZER_FILES) - new:
+                    (folder / name).unlink(missing_ok=True)
 
 
 # --------------------------------------------- Sampling -------------------------------------------
 
 def sample(logits, temperature, top_k):
-    """The next token of each row, as in transformers: logits (B, V) float32 → (B, 1) int64. Tokens
-    outside the top k get probability 0. The lecture drops them, so the same seed gives other tokens
-    there."""
+    """The next token of each row: logits (B, V) float32 → (B, 1) int64. As in transformers, tokens
+    outside the top k get probability 0; the lecture drops them, so the same seed samples others."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -383,197 +380,184 @@ def sample(logits, temperature, top_k):
 # ------------------------------------------- Checkpoints ------------------------------------------
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"  # the tied pair
 SPECIAL_IDS = ["bos_token_id", "eos_token_id", "pad_token_id"]
-OLDER_FILES = ["special_tokens_map.json", "added_tokens.json"]  # of transformers 4's tokenizers
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json"]
+# How a GPT2Tokenizer prints, up to its vocabulary and merges.
+GPT2_RULES = (
+    "None, ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True), ByteLevel, "
+    "BPE(dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None, "
+    "fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=")
+# Settings of a tokenizer that don't change the tokens of a text.
+HARMLESS = ["tokenizer_class", "model_max_length", "backend", "is_local", "name_or_path", "errors",
+            "clean_up_tokenization_spaces", "padding_side", "chat_template"]
 
 
-def check_config(config):
-    """Raise InputError if a value is impossible. Fields that you add are not checked."""
-    for name in ["block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"]:
-        size = getattr(config, name)
-        require((type(size) is int and size > 0) or (name == "n_inner" and size is None),
-                f"{name} can't be {size!r}")
-    require(config.n_embd % config.n_head == 0,
-            f"n_embd, {config.n_embd}, must be a multiple of n_head, {config.n_head}")
-    require(str(config.activation_function) in ACTIVATIONS, "activation_function can't be "
-            f"{config.activation_function!r}, only one of {', '.join(ACTIVATIONS)}")
-    epsilon = config.layer_norm_epsilon
-    require(isinstance(epsilon, (int, float)), f"layer_norm_epsilon can't be {epsilon!r}")
-    optional = [i for i in (config.bos_token_id, config.pad_token_id) if i is not None]
-    for token in config.eos_token_ids + optional:
-        require(type(token) is int and 0 <= token < 2**63,
-                f"bos_token_id, eos_token_id or pad_token_id can't be {token!r}")
+class NoInit(torch.overrides.TorchFunctionMode):
+    """FAST: in this context, parameters get no random values, since a file's replace them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        tensor = (kwargs or {}).get("tensor")  # torch.nn.init passes it by name
+        if func in (nn.init.normal_, nn.init.kaiming_uniform_) and type(tensor) is nn.Parameter:
+            return tensor
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def blaming(what):
+    """Turn a library's error into an InputError. Only for library calls: bugs keep a traceback."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def find_folder(name, files):
-    """The Path of the folder `name`, or else of the Hub's model of that name, with these files."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    require(not path.is_file(), f"{name} is a file, not a folder or the name of a Hub model: the "
-                                "README shows how to convert a checkpoint of the lecture")
+    """The folder `name`, or else a download of these files of the Hub's model of that name."""
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download  # FAST: rarely needed
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # noqa: BLE001 - huggingface_hub's libraries raise many kinds
         if hasattr(error, "snapshot_path"):  # offline: use the files that are in the cache
             return Path(error.snapshot_path)
-        raise OSError(f"{name} was not found locally, and could not be downloaded from the Hugging "
-                      "Face Hub: check the name and the network, or name a folder that holds "
-                      f"config.json and weights ({error})") from None
-
-
-@contextmanager
-def reading(path):
-    """Name the file or folder when a library fails to read it. Put only library calls inside, so
-    that our own bugs keep their traceback."""
-    try:
-        yield
-    except Exception as error:
-        of_the_hub = isinstance(error, OSError) and not Path(path).exists()
-        if getattr(error, "filename", None) or of_the_hub or out_of_memory(error):
-            raise  # it isn't damage, or the error already names its file
-        why = str(error).strip().split("\n")[0].split(". ")[0]  # the rest may be bad advice
-        raise InputError(f"{path} can't be read ({why}). It may be damaged or incomplete. After a "
-                         "`git clone` without git-lfs, run `git lfs pull` there") from None
-
-
-def out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(
-        words in str(error) for words in ("DefaultCPUAllocator", "Cannot allocate memory"))
+        small = Path(__file__).parent / "tests" / "shakespeare"
+        hint = f" --model {small} needs no network." if small.exists() else ""
+        raise OSError(f"{name} isn't a folder here, and could not be downloaded from the Hugging "
+                      "Face Hub. Check the name and the network. If you have downloaded it before, "
+                      f"set HF_HUB_OFFLINE=1.{hint} ({error})") from None
 
 
 def ask_transformers(class_name, name, **options):
-    """Load a folder or a Hub model with a class of transformers."""
+    """Load a folder or a Hub model with one of transformers' classes."""
     import transformers  # FAST: rarely needed
     transformers.utils.logging.set_verbosity_error()
     if Path(name).is_dir():  # else something may be downloaded, which should show its progress
         transformers.utils.logging.disable_progress_bar()
-    reader = getattr(transformers, class_name)
-    with reading(name):
-        return reader.from_pretrained(str(name), **options)
+    with blaming(f"{name} can't be read"):
+        return getattr(transformers, class_name).from_pretrained(str(name), **options)
 
 
 def read_json(path):
     """The dict in a JSON file. It is empty if the file doesn't exist."""
-    if not path.exists():
-        return {}
-    with reading(path):
-        return dict(**json.loads(path.read_bytes()))  # ** raises if it isn't a dict
+    with blaming(f"{path} can't be read"):
+        return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def read_checkpoint(name):
-    """The GPTConfig of a folder or Hub model, and {name in GPT's state_dict: tensor}."""
-    folder = find_folder(name, ["config.json", "generation_config.json", "model.safetensors"])
-    require((folder / "config.json").exists(), f"the folder {folder} isn't a model: it has no "
-            f"config.json. Its files: {sorted(os.listdir(folder))[:5]}")
+    """The GPTConfig of a folder or Hub model, {name in GPT's state_dict: tensor}, and the dtype."""
+    folder = find_folder(name, ["config.json", "generation_config.json", "adapter_config.json",
+                                "model.safetensors"])
+    require(not (folder / "adapter_config.json").exists(),
+            f"{name} has a LoRA adapter: merge it with peft, or delete adapter_config.json if the "
+            "weights there are merged already")
     raw = read_json(folder / "config.json")
-    supported = {"model_type": "gpt2", "add_cross_attention": False, "quantization_config": None}
-    for key, value in supported.items():
-        require(raw.get(key, value) == value, f"config.json in {folder}: {key} must be {value!r}, "
-                                              f"not {raw.get(key)!r}")
+    kind, quantized = raw.get("model_type", "gpt2"), raw.get("quantization_config")
+    require(kind == "gpt2" and not quantized, f"{name} isn't a plain GPT-2: its config.json has "
+            f"model_type {kind!r} and quantization_config {quantized}")
     path = folder / "model.safetensors"
-    # transformers prefers these names to n_positions and so on, or model.safetensors.
+    # transformers prefers these to n_positions and so on, or to model.safetensors.
     other_names = {"max_position_embeddings", "hidden_size", "num_hidden_layers",
                    "num_attention_heads", "transformers_weights"}
-    if path.exists() and not other_names & raw.keys():
-        with reading(path):
+    if raw and path.exists() and not other_names & raw.keys():
+        with blaming(f"{path} can't be read"):
             tensors = safetensors.torch.load_file(path)
-        tensors = dict(sorted(tensors.items()))  # by name: the first may set the dtype
     else:
         model, info = ask_transformers("GPT2LMHeadModel", name, dtype="auto",
                                        output_loading_info=True, ignore_mismatched_sizes=True)
         raw, tensors = model.config.to_dict(), model.state_dict()
-        # transformers fills what is missing or doesn't fit with random numbers.
-        unfit, missing, extra = (sorted(info[f"{kind}_keys"])[:5]
-                                 for kind in ("mismatched", "missing", "unexpected"))
-        require(not unfit, f"the weights in {name} don't fit config.json: {unfit}")
-        require(not missing, f"the weights in {name} lack {missing}, and have {extra} instead")
+        # transformers makes up random numbers for these.
+        bad = [*info["missing_keys"], *info["mismatched_keys"]]
+        require(not bad, f"the weights in {name} lack or don't fit {bad[:5]}, and have "
+                         f"{[*info['unexpected_keys']][:5]} instead")
     # As in transformers, the dtype is config.json's, or else that of the first float tensor.
-    first = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or first).removeprefix("torch.")
-    require(dtype in DTYPES, f"{name} is in {dtype}, but only {', '.join(DTYPES)} are supported")
+    first = next((t.dtype for _, t in sorted(tensors.items()) if t.is_floating_point()), None)
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or first
+    dtype = getattr(torch, str(dtype), dtype)  # "half" is torch.float16 too
+    require(dtype in DTYPES.values(), f"{name} is in {dtype}, and not in {', '.join(DTYPES)}")
     weights = {}
     for key, tensor in tensors.items():
         if key.endswith((".attn.bias", ".attn.masked_bias")) and tensor.ndim != 1:
             continue  # an older file's causal mask; a bias that you added has one dimension
         if key.startswith(("wte.", "wpe.", "h.", "ln_f.")):  # the Hub's gpt2 lacks the prefix
             key = f"transformer.{key}"
-        if tensor.is_floating_point():
-            require(tensor.dtype in DTYPES.values(), f"can't load {key} in {name}: {tensor.dtype}")
-            tensor = tensor.to(DTYPES[dtype])
-        # Windows can't replace a mapped file, and saving may need to, so copy on Windows.
+        # Windows can't replace a mapped file, and saving may have to: copy there.
         weights[key] = tensor.clone() if sys.platform == "win32" else tensor
     # Missing fields take gpt2's values. Special ids come from generation_config.json if it exists.
     raw["block_size"] = raw.get("n_positions", GPTConfig.block_size)
-    if (folder / "generation_config.json").exists():
-        ids = read_json(folder / "generation_config.json")
+    if ids := read_json(folder / "generation_config.json"):
         raw |= {key: ids.get(key) for key in SPECIAL_IDS}
-    known = {field.name: raw[field.name] for field in fields(GPTConfig) if field.name in raw}
-    try:
-        return GPTConfig(**known), weights
-    except InputError as error:
-        raise InputError(f"config.json or generation_config.json in {folder}: {error}") from None
+    raw |= {key: None for key in SPECIAL_IDS if raw.get(key) == -1}  # some write -1 for "none"
+    config = GPTConfig(**{key: raw[key] for key in raw.keys() & GPTConfig.__annotations__})
+    # A file may hold either of a tied pair, or both. If both are there and differ, untie them.
+    pair = [weights[key] for key in (WTE, HEAD) if key in weights]
+    if config.tie_word_embeddings and pair:
+        weights[WTE] = pair[0]
+        same = len(pair) == 1 or torch.equal(*(tensor.to(dtype) for tensor in pair))
+        config.tie_word_embeddings = same
+    return config, weights, dtype
 
 
 def load_tokenizer(name):
     """The tokenizers.Tokenizer of a folder or Hub model: tokenizer.encode(text).ids and
     tokenizer.decode(ids). A plain tokenizer.json is read here, and any other kind by transformers.
-    Raises InputError if it is damaged or missing, OSError if it can't be downloaded or opened."""
-    folder = find_folder(name, ["config.json", "tokenizer.json", "tokenizer_config.json",
-                                *OLDER_FILES])
+    Raises InputError if a file is damaged or missing, OSError if a download fails."""
+    folder = find_folder(name, ["config.json", *TOKENIZER_FILES])
     path = folder / "tokenizer.json"
-    with reading(path):
+    with blaming(f"{path} can't be read"):
         tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
     if tokenizer is None or not is_plain(tokenizer, folder):
         theirs = ask_transformers("AutoTokenizer", name, trust_remote_code=False)
         tokenizer = getattr(theirs, "backend_tokenizer", None)
-        require(tokenizer and (type(tokenizer.model).__name__ == "BPE" or
-                               not theirs.clean_up_tokenization_spaces),
-                f"the tokenizer in {name} isn't supported: a {type(theirs).__name__} that isn't of "
-                "the tokenizers library, or needs clean_up_tokenization_spaces")
-        require(tokenizer.get_vocab_size(with_added_tokens=False), f"{name} has no tokenizer: save "
-                "one with model.save_pretrained(folder, tokenizer)")
+        require(tokenizer and tokenizer.get_vocab_size(with_added_tokens=False),
+                f"{name} has no fast tokenizer. Save one: model.save_pretrained(folder, tokenizer)")
+        require(type(tokenizer.model).__name__ == "BPE" or not theirs.clean_up_tokenization_spaces,
+                f"{name} needs clean_up_tokenization_spaces, which isn't supported")
     tokenizer.no_padding()  # it may have been saved with these on
     tokenizer.no_truncation()
     return tokenizer
 
 
 def is_plain(tokenizer, folder):
-    """FAST: whether transformers would surely take this tokenizer.json as it is, so that it needn't
-    be imported. A wrong False costs time; a wrong True would change the tokens."""
+    """FAST: True if transformers would surely take this tokenizer.json as it is, and so needn't be
+    imported. A wrong False costs a second; a wrong True would change the tokens."""
     settings, model = read_json(folder / "tokenizer_config.json"), tokenizer.model
-    if type(model).__name__ != "BPE" or any((folder / name).exists() for name in OLDER_FILES):
-        return False
     kind = (settings.get("tokenizer_class")
             or read_json(folder / "config.json").get("tokenizer_class") or "GPT2Tokenizer")
     if kind in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-        # transformers takes only the vocabulary and merges of these. All else becomes gpt2's.
-        options = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
-                   "fuse_unk", "byte_fallback", "ignore_merges"]
-        rules = (tokenizer.normalizer, str(tokenizer.pre_tokenizer),
-                 type(tokenizer.decoder).__name__)
-        gpt2s = (None, "ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)",
-                 "ByteLevel")
-        if rules != gpt2s or any(getattr(model, option) for option in options):
-            return False
+        # Of these, transformers takes vocabulary, merges and added tokens. The rest is gpt2's.
         names = ["bos_token", "eos_token", "unk_token"]
         settings = dict.fromkeys(names, "<|endoftext|>") | settings
+        decoder = type(tokenizer.decoder).__name__
+        rules = f"{tokenizer.normalizer}, {tokenizer.pre_tokenizer}, {decoder}, {model}"
+        if not rules.replace('""', "None").startswith(GPT2_RULES):
+            return False
     elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return False
-    # These settings change a tokenizer, unless they name a token that is special in it already.
-    added = tokenizer.get_added_tokens_decoder().values()
-    special = [token.content for token in added if token.special]
-    endings = ("_token", "_special_tokens", "added_tokens_decoder", "_files", "add_prefix_space")
-    return all(not value or value in special
-               for key, value in settings.items() if key.endswith(endings))
+    tokens = {str(i): token.__getstate__()  # its text, as "content", and its options
+              for i, token in tokenizer.get_added_tokens_decoder().items()}
+    known = [tokens]  # values that only repeat tokenizer.json, and so are harmless
+    for token in tokens.values():
+        if token["special"]:
+            known += [token["content"], token | {"__type": "AddedToken"}]
+    older = read_json(folder / "special_tokens_map.json")  # of transformers 4
+    for key, value in [*settings.items(), *older.items()]:
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict) and "content" in item:
+                item = {"special": True, "__type": "AddedToken"} | item  # not all files say so
+            if item and item not in known and key not in HARMLESS:
+                return False
+    # Without an added_tokens_decoder, transformers reads added_tokens.json.
+    added = settings.get("added_tokens_decoder", not (folder / "added_tokens.json").exists())
+    return type(model).__name__ == "BPE" and added in (tokens, True)
 
 
 # ------------------------------------------- Command line -----------------------------------------
 
 def main(argv=None):
     """Run the command. After bad input, it exits with status 2, and stderr's last line says why."""
-    gc.freeze()  # FAST: so that Python doesn't scan everything imported for garbage at exit
     parser = argparse.ArgumentParser(
         "train_gpt2.py", description="Complete a prompt with GPT-2.", usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -582,48 +566,40 @@ def main(argv=None):
     flag("--prompt", default="Hello, I'm a language model,", help="text to complete; may be empty")
     flag("--num-return-sequences", type=int, default=5, help="how many completions")
     flag("--max-length", type=int, default=30, help="tokens in each, including the prompt's")
-    flag("--temperature", type=float, default=1.0, help="higher is wilder; 0: the most likely")
+    flag("--temperature", type=float, default=1.0, help="higher is more random; 0: the likeliest")
     flag("--top-k", type=int, default=50, help="sample from the K most likely tokens; 0: from all")
     flag("--seed", type=int, default=42, help="same seed, flags and device: same text")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ...; auto: cuda, else cpu")
     flag("--dtype", default="auto", choices=["auto", *DTYPES], help="auto keeps the checkpoint's")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it; a closed one is None
-        # A console shows ? for characters it lacks. Files and pipes get UTF-8, even on Windows.
-        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # in files on Windows, too
     try:
-        complete(**vars(args))  # --max-length is its max_length, and so on
-    except Exception as error:
-        if not isinstance(error, (InputError, OSError)) and not out_of_memory(error):
-            raise
+        complete(**vars(args))  # --max-length becomes max_length, and so on
+    except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 
 
 def complete(model, prompt, num_return_sequences, seed, device, dtype, **options):
     """Print num_return_sequences completions, each after `> `. The options are generate()'s."""
     require(num_return_sequences > 0, f"num_return_sequences can't be {num_return_sequences}")
-    require(-2**63 <= seed < 2**64, f"seed must be a 64-bit number, not {seed}")
     if device == "auto":  # never MPS: see the README
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with blaming(f"device {device} can't be used (see the README, or try --device cpu)"):
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"device {device} can't be used ({error!s:.200}): see the README, or use "
-                         f"--device cpu (torch.version.cuda is {torch.version.cuda})") from None
     gpt, tokenizer = GPT.from_pretrained(model), load_tokenizer(model)
-    prompt = prompt.encode(errors="replace").decode()  # argv may hold bytes that aren't UTF-8
     ids, bos = tokenizer.encode(prompt).ids, gpt.config.bos_token_id
     require(ids or bos is not None, "the prompt is empty, and the model has no bos_token_id to use")
     print(f"using device: {device}", file=sys.stderr)
     gpt.to(device, DTYPES.get(dtype))  # None, for "auto", changes nothing
-    idx = torch.tensor([ids or [bos]], device=device)  # (1, T)
+    idx = torch.tensor([ids or [bos]] * num_return_sequences, device=device)  # (B, T)
     torch.manual_seed(seed)
-    rows = gpt.generate(idx.repeat(num_return_sequences, 1), **options)
-    for row in rows.tolist():
+    for row in gpt.generate(idx, **options).tolist():
         # The prompt as given, then the new tokens (and bos, if the prompt is empty). decode()
         # skips special tokens, as transformers' pipeline does.
         print(">", prompt + tokenizer.decode(row[len(ids):]), flush=True)
 
 
 if __name__ == "__main__":
+    gc.freeze()  # FAST: so that Python doesn't scan everything imported for garbage at exit
     main()

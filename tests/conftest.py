@@ -1,16 +1,18 @@
 """What all tests share. Each file says in its first line which promise it proves."""
 import importlib.metadata
-import io
-import platform
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # `pytest` does not, `python -m pytest` does
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `pytest` doesn't, `python -m pytest` does
+CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+# As without a network: huggingface_hub, imported later, finds only what a test puts there.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": CACHE.name}
 
 try:
     from transformers import GPT2LMHeadModel
@@ -19,7 +21,11 @@ except ImportError:
     sys.exit(f"transformers {importlib.metadata.version('transformers')} does not run with torch "
              f"{torch.__version__}: pip install \"transformers<5\"")
 
-from checkpoints import REAL_TOKENIZER, write_checkpoint
+from checkpoints import TORCH, change_json, write_checkpoint
+
+import train_gpt2
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def pytest_configure(config):
@@ -27,15 +33,13 @@ def pytest_configure(config):
 
 
 def pytest_report_header():
-    names = ("torch", "transformers", "safetensors", "tokenizers", "tiktoken", "huggingface_hub",
-             "numpy")
+    names = "torch", "transformers", "safetensors", "tokenizers", "huggingface_hub", "numpy"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    return f"Python {platform.python_version()}, {', '.join(versions)}"
+    return [*versions, f"equality is tested on: {', '.join(DEVICES)}"]
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture(params=DEVICES)
 def device(request):
-    """Where equality is tested: also on CUDA where there is one, else test_cuda says so."""
     return request.param
 
 
@@ -48,17 +52,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def dynamo():
+    """The counters of torch.compile, at nothing."""
+    if TORCH < (2, 4) and sys.version_info >= (3, 12):
+        pytest.skip("this torch's compile runs on Python 3.11 at most")
+    import torch._dynamo
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a tiny checkpoint with the files and the layout of gpt2 on the Hub."""
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), "on the Hub", "hub", n_positions=64)
-
-
-@pytest.fixture
-def real_tokenizer():
-    if not (REAL_TOKENIZER / "vocab.json").exists():
-        pytest.skip("gpt2's real tokenizer is not beside this project, in ../shared/gpt2-vocab")
-    return REAL_TOKENIZER
 
 
 @pytest.fixture
@@ -68,17 +76,39 @@ def model(tiny, tmp_path):
 
 
 @pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """As on a machine without a network that has downloaded nothing yet."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+def downloaded():
+    """A function: puts a folder into the cache as the Hub's model of this name, but for the files
+    that a pattern leaves out. The tests have no network."""
+    def downloaded(folder, name, left_out="no"):
+        path = Path(CACHE.name, f"models--{name.replace('/', '--')}")
+        commit, ignore = 40 * "0", shutil.ignore_patterns(left_out)
+        shutil.copytree(folder, path / "snapshots" / commit, ignore=ignore)
+        files = {file.name: {"size": 1, "blob_id": "0"} for file in Path(folder).iterdir()}
+        (path / "trees").mkdir()
+        change_json(path / "trees" / f"{commit}.json", format_version=1, files=files)
+        (path / "refs").mkdir()
+        (path / "refs" / "main").write_text(commit)
+    yield downloaded
+    for path in Path(CACHE.name).glob("models--*"):
+        shutil.rmtree(path)
 
 
 @pytest.fixture
-def terminal():
-    """A function: an encoding → a stream that says it is a terminal, and what returns its bytes."""
-    def opened(encoding="utf-8"):
-        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
-        stream.isatty = lambda: True
-        return stream, stream.buffer.getvalue
-    return opened
+def refused(capsys):
+    """A function: flags → the one line in which the command refuses them. It has the words in
+    `says`. With a folder first, `read` refuses that folder in the same words."""
+    def refused(*flags, says=(), read=None):
+        args = ["--model", *flags] if read else flags
+        with pytest.raises(SystemExit) as exit:
+            train_gpt2.main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        line, = [line for line in err.splitlines() if line and not line.startswith("using device")]
+        assert (exit.value.code, out) == (2, "") and line.startswith("train_gpt2.py: error: ")
+        for word in says:
+            assert str(word).lower().replace("_", "-") in line.lower().replace("_", "-"), line
+        if read:
+            with pytest.raises((train_gpt2.InputError, OSError)) as caught:
+                read(flags[0])
+            assert line.endswith(" ".join(str(caught.value).split()))
+        return line
+    return refused

@@ -7,61 +7,10 @@ huggingface_hub reads HF_ENDPOINT on import, so the side that downloads must be 
 """
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-
-VISITOR = """
-import contextlib, io, json, sys
-sys.path.insert(0, sys.argv[1])
-from train_gpt2 import *
-from train_gpt2 import main
-for line in sys.stdin:
-    code, out = 0, io.StringIO()
-    with contextlib.redirect_stdout(out):
-        try:
-            exec(json.loads(line))
-        except SystemExit as exit:
-            code = exit.code
-    sys.stderr.flush()
-    print(json.dumps([code, out.getvalue()]), flush=True)
-"""
-
-
-class Visitor:
-    """A Python process that has imported train_gpt2, with these environment variables. It starts
-    once, and then runs one piece of code after the other."""
-
-    def __init__(self, cwd, **env):
-        root, self.env, self.stderr = Path(__file__).parent.parent, env, Path(cwd, "stderr")
-        env = os.environ | {"PYTHONUTF8": "1"} | env
-        env.pop("TRANSFORMERS_VERBOSITY", None)  # which the tests set: here, all its noise counts
-        with self.stderr.open("w") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", VISITOR, root.resolve()], cwd=cwd, env=env, stderr=stderr,
-                encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def run(self, code):
-        """Run a piece of Python there; its exit code, stdout and stderr."""
-        before = self.stderr.stat().st_size
-        print(json.dumps(code), file=self.process.stdin, flush=True)
-        reply = self.process.stdout.readline()
-        err = self.stderr.read_bytes()[before:].decode()
-        assert reply, err
-        return *json.loads(reply), err
-
-    def command(self, *args):
-        return self.run(f"main({[str(arg) for arg in args]!r})")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.process.communicate()
 
 
 class StandInHub:
@@ -86,8 +35,8 @@ class StandInHub:
 
     def env(self, cache):
         """Environment variables that send huggingface_hub here, with its cache in `cache`."""
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
-                "NO_PROXY": "127.0.0.1"}
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_CACHE": str(cache),
+                "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
 
     def close(self):
         self.server.shutdown()
