@@ -495,8 +495,7 @@ def read_checkpoint(name):
     pair = [weights[key] for key in (WTE, HEAD) if key in weights]
     if config.tie_word_embeddings and pair:
         weights[WTE] = pair[0]
-        same = len(pair) == 1 or torch.equal(*(tensor.to(dtype) for tensor in pair))
-        config.tie_word_embeddings = same
+        config.tie_word_embeddings = len(pair) == 1 or torch.equal(*pair)
     return config, weights, dtype
 
 

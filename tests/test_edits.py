@@ -76,6 +76,15 @@ def test_dropout(edited, checkpoint, tmp_path):
         assert not torch.equal(model.train()(idx), original(idx))
 
 
+def test_random_numbers_of_your_own(edited, checkpoint):
+    """Loading skips only those that a file replaces."""
+    module = edited(("        self.mlp = MLP(config)\n", """\
+        self.mlp = MLP(config)
+        self.register_buffer("noise", nn.init.normal_(torch.empty(999)), persistent=False)
+"""))
+    assert 0.8 < module.GPT.from_pretrained(checkpoint).transformer.h[0].noise.std() < 1.2
+
+
 def test_another_activation(edited, checkpoint, tmp_path):
     read = edited(*diff("relu2")).GPT.from_pretrained
     again = ours_again(read(checkpoint, activation_function="relu2"), tmp_path / "mine")

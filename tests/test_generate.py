@@ -197,6 +197,14 @@ def test_texts_that_end(ending, device, temperature, top_k):
     assert (tokens == 10).any() and torch.equal(tokens.where(tokens != 10, 3), expected)
 
 
+def test_a_model_without_blocks(tmp_path):
+    """It has no cache, and still knows where each token stands."""
+    sizes = SIZES | {"n_layer": 0, "tie_word_embeddings": False}
+    ours, theirs = pair(save(random_gpt2(**sizes), tmp_path))
+    for seed in range(5):
+        assert_same_tokens(ours, theirs, random_idx(ours, 3, 4, seed), 40, seed)
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("ids", [
     {"eos_token_id": 5}, {"eos_token_id": [7, 3], "pad_token_id": 0}, {"eos_token_id": [3, 50256]},

@@ -132,13 +132,20 @@ def test_tokenizers(tmp_path, capsys):
         assert words(capsys, folder, "Hello") == expected(peer(folder), "Hello")
     assert len(theirs("word " * 500, truncation=True)["input_ids"]) == 64
     assert json.loads((folder / "config.json").read_text())["n_ctx"] == 64
+    kind = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert kind == "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 know
     (folder / "new").touch()
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     # One of transformers keeps all that it has.
-    settings = {"padding_side": "left", "pad_token": "word", "model_max_length": 40}
+    settings = {"padding_side": "left", "pad_token": "word", "model_max_length": 40,
+                "chat_template": "{{ messages }}"}
     gpt.save_pretrained(folder, AutoTokenizer.from_pretrained(folder, **settings))
     again = AutoTokenizer.from_pretrained(folder)
     assert {name: getattr(again, name) for name in settings} == settings
+    # What transformers would refuse is saved and read all the same.
+    gpt.config.layer_norm_epsilon = 1
+    gpt.save_pretrained(folder)
+    assert GPT.from_pretrained(folder).config.layer_norm_epsilon == 1
 
 
 def test_a_full_disk(model):
@@ -154,6 +161,18 @@ def test_a_full_disk(model):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
         assert contents(model) == before
+
+
+def test_weights_that_cannot_be_replaced(model):
+    """As on Windows, where another process has mapped them: nothing has changed then."""
+    gpt, tokenizer = GPT.from_pretrained(model), load_tokenizer(model)
+    weights = model / "model.safetensors"
+    weights.unlink()
+    (weights / "full").mkdir(parents=True)  # which a file can't replace either
+    before = {path: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    with pytest.raises(OSError, match="model.safetensors"):
+        gpt.save_pretrained(model, tokenizer)
+    assert before == {path: path.read_bytes() for path in model.iterdir() if path.is_file()}
 
 
 def test_ctrl_c_at_every_line(model):
