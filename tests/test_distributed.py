@@ -158,8 +158,9 @@ def test_fully_shard(place, gpt2, monkeypatch, capsys):
     assert first.count("step 20: loss") == first.count(f"> {PROMPT}") == 1 and second == ""
     assert words(capsys, place / "mine", PROMPT) == expected(peer(place / "mine"), PROMPT)
     (place / "mine").rename(place / "sharded")
-    for name, value in {"init_process_group": None, "destroy_process_group": None, "get_rank": 0,
-                        "get_world_size": 1, "fsdp.fully_shard": None}.items():
+    for name, value in {"init_process_group": None, "get_rank": 0, "get_world_size": 1,
+                        "fsdp.fully_shard": None, "barrier": None,
+                        "destroy_process_group": None}.items():
         monkeypatch.setattr(f"torch.distributed.{name}", lambda *args, value=value: value)
     monkeypatch.setenv("LOCAL_RANK", "0")
     train(place, program=SHARDED)
