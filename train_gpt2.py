@@ -531,7 +531,7 @@ def is_plain(tokenizer, folder):
         settings = dict.fromkeys(names, "<|endoftext|>") | settings
         decoder = type(tokenizer.decoder).__name__
         rules = f"{tokenizer.normalizer}, {tokenizer.pre_tokenizer}, {decoder}, {model}"
-        if not rules.replace('""', "None").startswith(GPT2_RULES):
+        if not rules.replace('""', "None").startswith(GPT2_RULES):  # no prefix: "" or None
             return False
     elif kind not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         return False
@@ -548,7 +548,7 @@ def is_plain(tokenizer, folder):
                 item = {"special": True, "__type": "AddedToken"} | item  # not all files say so
             if item and item not in known and key not in HARMLESS:
                 return False
-    # Without an added_tokens_decoder, transformers reads added_tokens.json.
+    # added_tokens.json counts if there is no added_tokens_decoder. Only BPE ignores a clean-up.
     added = settings.get("added_tokens_decoder", not (folder / "added_tokens.json").exists())
     return type(model).__name__ == "BPE" and added in (tokens, True)
 
